@@ -35,7 +35,6 @@ import copy
 import math
 import os
 import pickle
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -212,7 +211,7 @@ class Phase:
 
     steps: int = option(2500, "updates of the student", flag="student-steps")
     batch: int = option(512, "rows per update", flag="student-batch")
-    lr: float = option(1e-3, "AdamW learning rate of the student, decayed to 0 along a cosine", flag="student-lr")
+    lr: float = option(2e-3, "AdamW learning rate of the student, decayed to 0 along a cosine", flag="student-lr")
     lr_disc: float = option(1e-3, "AdamW learning rate of the discriminator, constant")
     lambda_consistency: float = option(1.0, "weight of the truncated consistency loss")
     lambda_adv: float = option(0.1, "weight of the adversarial loss")
@@ -247,6 +246,7 @@ class Phase:
         for name, f in self.__dataclass_fields__.items():
             choices = f.metadata.get("choices", (getattr(self, name),))
             require(getattr(self, name) in choices, f"{name} is {getattr(self, name)!r}, not one of {choices}")
+        require(self.r1 == 0 or self.lambda_adv > 0, "r1 regularises the critic, and lambda_adv = 0 leaves none")
         require(any(self.weights(self.steps).values()), "every loss has weight zero: nothing would be learned")
 
     def weights(self, step):
@@ -262,9 +262,10 @@ SCHEDULES = {
     # x̂_t differ, consistency and self-correction ask the same network for different things; in turn,
     # each gets what it asks for. The last phase needs neither teacher nor data for its main term.
     "two_phase": (
-        Phase(steps=2500, lambda_self=0.0, tau=0.0),
+        Phase(steps=2500, lambda_self=0.0, lambda_adv=0.3, tau=0.0),
         Phase(
             steps=800,
+            lr=1e-3,
             lambda_consistency=0.0,
             lambda_bi=0.0,
             lambda_self=1.0,
@@ -292,7 +293,7 @@ def rescale(schedule, steps):
 class MLP(nn.Module):
     """Velocity network for points (B,dim): a plain perceptron on Fourier features of x and t."""
 
-    def __init__(self, dim=2, width=128, depth=3, x_frequencies=2, t_frequencies=4):
+    def __init__(self, dim=2, width=128, depth=3, x_frequencies=3, t_frequencies=4):
         super().__init__()
         self.arch = dict(
             name="MLP", dim=dim, width=width, depth=depth, x_frequencies=x_frequencies, t_frequencies=t_frequencies
@@ -301,7 +302,7 @@ class MLP(nn.Module):
         self.register_buffer("x_freqs", math.pi / 4 * 2.0 ** torch.arange(x_frequencies), persistent=False)
         self.register_buffer("t_freqs", math.pi / 2 * torch.arange(1.0, t_frequencies + 1), persistent=False)
         sizes = [dim * (1 + 2 * x_frequencies) + 2 * t_frequencies] + [width] * depth
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.GELU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def forward(self, x, t, cond=None):
@@ -322,7 +323,7 @@ class PointDiscriminator(nn.Module):
         super().__init__()
         self.arch = dict(name="PointDiscriminator", dim=dim, width=width, depth=depth)
         sizes = [dim] + [width] * depth
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.GELU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, x, cond=None):
@@ -715,7 +716,8 @@ def distill(teacher, disc, batch, generator, schedule=SCHEDULES["paper"], studen
     teacher = clone(teacher) if isinstance(teacher, nn.Module) else teacher  # frozen: it is the ground to stand on
     target, ema, frozen = clone(student), clone(student), clone(student)
     run = State(generator, student=student, target=target, ema=ema, frozen=frozen, disc=disc)
-    run.parts |= {"opt": adamw(student, schedule[0].lr), "opt_disc": adamw(disc, schedule[0].lr_disc)}
+    # A critic with a short memory follows samples that move; and it starts afresh in no phase.
+    run.parts |= {"opt": adamw(student, schedule[0].lr), "opt_disc": adamw(disc, schedule[0].lr_disc, (0.5, 0.99))}
     run.__dict__.update(run.parts, teacher=teacher, source=None)
     if resume:
         run.load_state_dict(resume)
@@ -803,16 +805,17 @@ def save(path, net, **extra):
     A run killed at any moment leaves either the old file or the new one, whole.
     """
     content = {"format": FORMAT, "arch": getattr(net, "arch", None), "weights": net.state_dict(), **extra}
-    folder = os.path.dirname(os.path.abspath(path))
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        try:
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+            os.fsync(file.fileno())  # on the disk before it takes the old file's name
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
 
 
 def read(path, device="cpu"):
@@ -847,7 +850,7 @@ def load(path, net=None, device="cpu"):
 
 def mean_distance(x, y, same=False, rows=2500):
     """Mean ‖x−y‖ over all pairs of rows (N,d) and (M,d); `same` leaves the N zeros of the diagonal out."""
-    total = sum(torch.cdist(part, y).sum(dtype=torch.float64).item() for part in x.split(rows))
+    total = sum(torch.cdist(part, y).sum(1).cpu().double().sum().item() for part in x.split(rows))
     return total / (len(x) * (len(y) - same))
 
 
