@@ -11,15 +11,19 @@ A run folder holds config.json, teacher.pt, student.pt, metrics.json, log.csv an
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +32,9 @@ import torch
 from tqdm import tqdm
 
 import scflow
-from scflow import GaussianMixture, Phase, State, TeacherSettings, option, require
+from scflow import GaussianMixture, Phase, TeacherSettings, option, require
+
+LIMIT = 3.2  # half the side of every picture: data sets have an RMS radius near 2
 
 # ═══ 1. Data ════════════════════════════════════════════════════════════════════════════════
 # A data set has `sample(n, generator, stratified=False) -> (x0 (n,2), stratum (n,))`. A stratum is a
@@ -78,7 +84,8 @@ class Points:
         if stratified:
             x0 = self.held_out[:n]
         else:
-            x0 = self.train[torch.randint(len(self.train), (n,), generator=generator)]
+            rows = torch.randint(len(self.train), (n,), generator=generator, device=generator.device)
+            x0 = self.train.to(rows.device)[rows]
         return x0, torch.zeros(len(x0), dtype=torch.int64)
 
 
@@ -172,75 +179,65 @@ class Run:
     samples: int = option(6000, "points that are sampled and compared in the evaluation")
     device: str = option("cpu", "cpu, cuda or mps (the matrices are tiny: a CPU is rarely slower)")
     save_every: int = option(500, "updates between checkpoints")
-    out: str = option("", "run folder [runs/DATASET, numbered]")
+    out: str = option("", "run folder [runs/DATASET, then runs/DATASET-2 and so on]")
     resume: bool = option(False, "go on with an interrupted run (give the same command)")
     overwrite: bool = option(False, "start afresh in a folder that exists")
     figures: str = option("basic", "figures to draw", choices=("none", "basic", "all"))
     gif: bool = option(False, "also draw a moving picture of the distillation")
     quiet: bool = option(False, "no progress bars and no table")
 
+    def __post_init__(self):
+        for name in ("width", "depth", "samples", "save_every"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError):
+            raise ValueError(f"no device {self.device!r} here: use --device cpu") from None
+
 
 # What does not change the numbers may differ between a run and its resumption.
 COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every")
 
-# Where a data set wants more than the defaults (found on seeds from 100 up).
-TUNED = {}
-
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that leaves the one-line report of an error to main()."""
 
     def error(self, message):
-        """Say what is wrong and stop with exit code 2."""
+        """Raise ValueError."""
         raise ValueError(f"{message} (--help lists the options)")
 
 
-def cli(argv, description, *settings, lists=(Phase,)):
-    """Turn the fields of settings classes into flags, and `argv` into one dictionary of given values per class.
+def cli(argv, description, *settings):
+    """Turn the fields of settings classes into flags; returns one {field: given value} per class.
 
-    Fields of the classes in `lists` take one value, or one per phase of the schedule.
+    A field of Phase takes one value, or one for each phase of the schedule.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for cls in settings:
         group = parser.add_argument_group(cls.__name__, cls.__doc__)
         for f in fields(cls):
-            how = dict(dest=f"{cls.__name__}.{f.name}", default=argparse.SUPPRESS)
-            how["help"] = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
+            flag, choices = "--" + f.metadata.get("flag", f.name.replace("_", "-")), f.metadata.get("choices")
+            about = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
+            how = dict(dest=f"{cls.__name__}.{f.name}", default=argparse.SUPPRESS, help=about)
             if isinstance(f.default, bool):
-                how["action"] = "store_true"
+                group.add_argument(flag, action="store_true", **how)
             else:
-                how |= dict(type=type(f.default), choices=f.metadata.get("choices"), metavar=f.name.upper())
-                how |= dict(nargs="+") if cls in lists else {}
-            if how.get("choices"):
-                how["metavar"] = "|".join(how["choices"])
-            group.add_argument("--" + f.metadata.get("flag", f.name.replace("_", "-")), **how)
+                how |= dict(type=type(f.default), choices=choices, metavar="|".join(choices or [f.name.upper()]))
+                group.add_argument(flag, nargs="+" if cls is Phase else None, **how)
     given = vars(parser.parse_args(argv))
     return [{f.name: given[k] for f in fields(c) if (k := f"{c.__name__}.{f.name}") in given} for c in settings]
 
 
-def configure(run, teacher, phase):
-    """Dictionaries of given values → (Run, TeacherSettings, schedule), with the data set's own defaults in between."""
-    tuned = TUNED.get(run.get("dataset", Run.dataset), {})
-    run = Run(**{k: v for k, v in tuned.items() if k in Run.__dataclass_fields__} | run)
-    teacher = TeacherSettings(**{k: v for k, v in tuned.items() if k.startswith("teacher_")} | teacher)
-    for name in ("width", "depth", "samples", "save_every"):
-        require(getattr(run, name) > 0, f"{name} must be positive, not {getattr(run, name)}")
-    require(not (run.resume and run.overwrite), "--resume and --overwrite contradict each other")
+def configure(argv, description=""):
+    """Command-line arguments → (Run, TeacherSettings, schedule). Raises ValueError where they contradict."""
+    run, teacher, phase = cli(argv, description, Run, TeacherSettings, Phase)
+    run, teacher = Run(**run), TeacherSettings(**teacher)
     schedule = scflow.SCHEDULES[run.preset]
-    phase = dict(phase)
-    steps = phase.pop("steps", [])
-    if not steps and "stretch" in tuned:
-        steps = [round(tuned["stretch"] * sum(p.steps for p in schedule))]
-    if len(steps) == 1 and len(schedule) > 1:  # one number is the whole length, shared out as in the preset
-        require(steps[0] > 0, f"student-steps must be positive, not {steps[0]}")
-        schedule = scflow.rescale(schedule, steps[0])
-    elif steps:
-        phase["steps"] = steps
+    if len(phase.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
+        schedule = scflow.rescale(schedule, phase.pop("steps")[0])
     for name, values in phase.items():
-        flag = Phase.__dataclass_fields__[name].metadata.get("flag", name.replace("_", "-"))
-        require(
-            len(values) in (1, len(schedule)), f"--{flag} takes one value, or one for each of {len(schedule)} phases"
-        )
+        require(len(values) in (1, len(schedule)), f"{name} takes one value, or one for each of {len(schedule)} phases")
         values = values * len(schedule) if len(values) == 1 else values
         schedule = tuple(replace(p, **{name: v}) for p, v in zip(schedule, values))
     scflow.check_schedule(schedule)
@@ -257,20 +254,25 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def open_folder(out, name, resume, overwrite, config):
     """The run folder as a Path: a new one, or with `resume` the existing one, whose settings must be the same.
 
-    Without `out` it is runs/NAME, then runs/NAME-2 and so on; `resume` takes the last of them.
+    Without `out` it is runs/NAME, then runs/NAME-2 and so on; `resume` and `overwrite` take the last there is.
     """
     if not out:
-        numbered = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10_000)]
-        free = next(i for i, folder in enumerate(numbered) if not folder.exists())
-        out = numbered[max(free - 1, 0) if resume or (overwrite and free) else free]
-    out = Path(out)
-    file = out / "config.json"
+        names = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
+        taken = list(itertools.takewhile(Path.exists, names))
+        free = Path("runs", f"{name}-{len(taken) + 1}" if taken else name)
+        out = taken[-1] if taken and (resume or overwrite) else free
+    out, file = Path(out), Path(out, "config.json")
     if resume:
         require(file.is_file(), f"nothing to resume: {out} holds no config.json")
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json(file)
         changed = [k for k in config if stored.get(k) != config[k]]
         require(not changed, f"--resume with other settings than {out} was started with: {', '.join(changed)}")
         return out
@@ -285,22 +287,53 @@ def open_folder(out, name, resume, overwrite, config):
     return out
 
 
+class Journal:
+    """What the figures need of a run's past: losses every 10 updates, samples and critic at 40 moments."""
+
+    def __init__(self, stored=None):
+        self.rows, self.frames = (stored["rows"], stored["frames"]) if stored else ([], [])
+        self.noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
+        side = torch.linspace(-LIMIT, LIMIT, 48)
+        self.grid = torch.cartesian_prod(side, side)  # (48²,2)
+
+    def note(self, stage, state, total):
+        """Record a State of the teacher or the student."""
+        if state.step % 10 == 1:
+            norms = {f"norm_{k}": v for k, v in state.grad_norms.items()} if state.step % 50 == 1 else {}
+            self.rows.append({"stage": stage, "step": state.step, **state.losses, **norms})
+        if stage == "student" and (state.step == 1 or state.step % max(total // 40, 1) == 0):
+            device = next(state.ema.parameters()).device
+            x = torch.stack([scflow.sample(state.ema, self.noise.to(device), n) for n in (1, 2, 4)])  # (3,n,2)
+            with torch.no_grad():  # a picture of the critic
+                critic = state.disc(self.grid.to(device))
+            self.frames.append({"step": state.step, "samples": x.cpu().half(), "critic": critic.cpu().half()})
+
+    def stored(self):
+        """As a checkpoint keeps it."""
+        return {"rows": self.rows, "frames": self.frames}
+
+    def write(self, path):
+        """log.csv: losses before their weights, gradient norms after."""
+        names = ["stage", "step", "flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
 class Stopped(Exception):
     """Ctrl-C was pressed; the run was saved."""
 
 
 def follow(loop, total, name, save, every, quiet=False, done=0):
-    """Iterate over a training loop with a progress bar; call `save(state)` now and then, at the end and at Ctrl-C.
+    """Pass on the States of a training loop, with a progress bar; `save(state)` now and then, at the end, at Ctrl-C.
 
     Ctrl-C takes effect between two updates, so that what is saved is always whole.
     """
-    pressed = []
+    pressed, main_thread = [], threading.current_thread() is threading.main_thread()
+    before = main_thread and signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
-        before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
-    except ValueError:  # not in the main thread: leave signals alone
-        before = None
-    try:
-        with tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=0.2, dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=0.2) as bar:
             for state in loop:
                 yield state
                 bar.update()
@@ -311,138 +344,105 @@ def follow(loop, total, name, save, every, quiet=False, done=0):
                 if pressed:
                     raise Stopped
     finally:
-        if before is not None:
+        if main_thread:
             signal.signal(signal.SIGINT, before)
 
 
-class Journal:
-    """What the figures need of a run's past: losses every 10 updates, and samples and critic at 40 moments."""
+def stage(name, run, folder, journal, net, start, total, **extra):
+    """Train the teacher or the student from the start or from its checkpoint; returns the averaged network.
 
-    def __init__(self, stored=None):
-        self.rows, self.frames = (stored["rows"], stored["frames"]) if stored else ([], [])
-        self.noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
-        side = torch.linspace(-3.2, 3.2, 48)
-        self.grid = torch.cartesian_prod(side, side)
+    `start(resume)` makes the training loop; `extra` goes into the checkpoint.
+    """
+    path = folder / f"{name}.pt"
+    content = scflow.read(path, run.device) if run.resume and path.exists() else None
+    if content:
+        net = scflow.load(path, device=run.device)
+        journal.rows[:], journal.frames[:] = content["journal"]["rows"], content["journal"]["frames"]
 
-    def note(self, stage, state, total):
-        """Record a State of the teacher or the student."""
-        if state.step % 10 == 0 or state.step == 1:
-            self.rows.append({"stage": stage, "step": state.step, **state.losses})
-            self.rows[-1] |= {f"norm_{k}": v for k, v in state.grad_norms.items()} if state.step % 50 == 1 else {}
-        if stage == "student" and (state.step == 1 or state.step % max(total // 40, 1) == 0):
-            device = next(state.ema.parameters()).device
-            steps = [scflow.sample(state.ema, self.noise.to(device), n) for n in (1, 2, 4)]
-            with torch.no_grad():  # a picture of the critic
-                critic = state.disc(self.grid.to(device))
-            frame = {"step": state.step, "samples": torch.stack(steps).cpu().half(), "critic": critic.cpu().half()}
-            self.frames.append(frame)
+    def save(state):
+        scflow.save(path, state.ema, state=state.state_dict(), journal=journal.stored(), **extra)
+        journal.write(folder / "log.csv")
 
-    def stored(self):
-        """As a checkpoint keeps it."""
-        return {"rows": self.rows, "frames": self.frames}
-
-    def write(self, path):
-        """log.csv: one row per record, losses unweighted, gradient norms weighted."""
-        names = ["stage", "step", "flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
+    done = content["state"]["step"] if content else 0
+    for state in follow(start(content and content["state"]), total, name, save, run.save_every, run.quiet, done):
+        journal.note(name, state, total)
+        net = state.ema
+    return net
 
 
 # ═══ 4. A run: teacher, student, measures ═══════════════════════════════════════════════════
 
 
-def loader(data):
-    """The `batch(n, generator)` that scflow's loops call."""
-    return lambda n, generator: (data.sample(n, generator)[0], None)
-
-
-def start_generator(run):
-    """The one generator of a run; the initial weights get the same seed."""
-    torch.manual_seed(run.seed)
-    return torch.Generator(run.device).manual_seed(run.seed)
-
-
-def get_teacher(run, settings, data, generator, folder, journal):
-    """Train the teacher, or with an exact one the student's starting point, or take up where it was left.
-
-    Returns the averaged network and leaves teacher.pt in the folder.
-    """
-    exact = run.teacher == "exact"
+def train(run, settings, schedule):
+    """One run from start to metrics.json; returns its folder and the metrics. A finished run is read back."""
+    data, exact = dataset(run.dataset), run.teacher == "exact"
+    mixture = isinstance(data, GaussianMixture)
+    require(mixture or not exact, f"--teacher exact needs a mixture, whose velocity is known; {run.dataset} is none")
     if exact:  # an oracle has no weights to start the student from: a short regression on it has
         settings = replace(settings, teacher_steps=max(settings.teacher_steps // 3, 1))
-    path, total = folder / "teacher.pt", settings.teacher_steps
+    config = {k: v for k, v in asdict(run).items() if k not in COSMETIC}
+    config |= dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
+    folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
+    if run.resume and (folder / "metrics.json").exists():
+        return folder, read_json(folder / "metrics.json")
+    if not run.quiet:
+        print(f"writing to {folder}")
+    torch.manual_seed(run.seed)  # initial weights
+    generator, journal = torch.Generator(run.device).manual_seed(run.seed), Journal()  # everything else
     net = scflow.MLP(2, run.width, run.depth).to(run.device)
-    content = scflow.read(path, run.device) if run.resume and path.exists() else None
-    if content:
-        journal.rows[:] = content["journal"]["rows"]
-        net.load_state_dict(content["weights"])
-        generator.set_state(content["state"]["generator"].cpu())
-    loop = scflow.train_teacher(
-        net, loader(data), generator, settings, data if exact else None, content and content["state"]
-    )
-
-    def save(state):
-        scflow.save(path, state.ema, kind="teacher", state=state.state_dict(), journal=journal.stored())
-
-    done = content["state"]["step"] if content else 0
-    for state in follow(loop, total, "teacher", save, run.save_every, run.quiet, done):
-        journal.note("teacher", state, total)
-        net = state.ema
-    return net
-
-
-def get_student(run, schedule, teacher, start, data, generator, folder, journal):
-    """Distil the student, or take up where it was left; returns its sampling average and leaves student.pt."""
-    path, total = folder / "student.pt", sum(p.steps for p in schedule)
     disc = scflow.PointDiscriminator(2, run.width, run.depth).to(run.device)
-    content = scflow.read(path, run.device) if run.resume and path.exists() else None
-    if content:
-        journal.rows[:], journal.frames[:] = content["journal"]["rows"], content["journal"]["frames"]
-        start.load_state_dict(content["weights"])
-    loop = scflow.distill(
-        teacher, disc, loader(data), generator, schedule, start, content and content["state"], norms_every=50
-    )
-    keep = {"arch": teacher.arch, "weights": teacher.state_dict()}
+    oracle = data.to(run.device) if exact else None
+    clock = [time.perf_counter()]
 
-    def save(state):
-        extra = dict(kind="student", state=state.state_dict(), journal=journal.stored(), teacher=keep)
-        scflow.save(path, state.ema, **extra)
-        journal.write(folder / "log.csv")
+    def batch(n, generator):
+        return data.sample(n, generator)[0], None
 
-    done, net = content["state"]["step"] if content else 0, start
-    for state in follow(loop, total, "student", save, run.save_every, run.quiet, done):
-        journal.note("student", state, total)
-        net = state.ema
-    return net
+    try:
+        start = partial(scflow.train_teacher, net, batch, generator, settings, oracle)
+        net = stage("teacher", run, folder, journal, net, start, settings.teacher_steps)
+        clock.append(time.perf_counter())
+        teacher = oracle or net
+        kept = {"arch": teacher.arch, "weights": teacher.state_dict()}
+        start = partial(scflow.distill, teacher, disc, batch, generator, schedule, net, norms_every=50)
+        total = sum(p.steps for p in schedule)
+        student = stage("student", run, folder, journal, net, lambda r: start(resume=r), total, teacher=kept)
+    except Stopped:
+        again = "" if run.out else f" --out {folder}"
+        raise Stopped(f"stopped and saved in {folder}; the same command with --resume{again} goes on") from None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}; {folder} keeps the last checkpoint before it") from None
+    clock.append(time.perf_counter())
+    data = dataset(run.dataset)  # on the CPU
+    metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
+    metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=evaluate(run, data, teacher.cpu(), student.cpu()))
+    clock.append(time.perf_counter())
+    names = ("teacher", "student", "evaluation")
+    metrics |= dict(seconds={k: round(b - a, 2) for k, a, b in zip(names, clock, clock[1:])}, machine=machine())
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    return folder, metrics
 
 
 def reference_of(data, n):
-    """The fixed reference sample of a data set, stratified, as an EnergyDistance."""
+    """The fixed, stratified reference sample of a data set, as a measure of energy distance."""
     return scflow.EnergyDistance(*data.sample(n, torch.Generator().manual_seed(10**6), stratified=True))
 
 
-FLOORS = {}  # noise floors already computed by this process
-
-
-def noise_floor(name, data, n):
+@lru_cache
+def noise_floor(name, n):
     """Mean and sd of the energy distance of 20 true samples of n points to the reference."""
-    if (name, n) not in FLOORS:
-        generator = torch.Generator().manual_seed(10**6 + 1)
-        FLOORS[name, n] = scflow.noise_floor(reference_of(data, n), lambda: data.sample(n, generator)[0])
-    return FLOORS[name, n]
+    data, generator = dataset(name), torch.Generator().manual_seed(10**6 + 1)
+    mean, sd = scflow.noise_floor(reference_of(data, n), lambda: data.sample(n, generator)[0])
+    return dict(mean=mean, sd=sd)
 
 
 def evaluate(run, data, teacher, student):
     """The rows of metrics.json: each network and solver at each number of steps, from the same noise."""
-    energy = reference_of(data, run.samples)
-    generator = torch.Generator().manual_seed(2 * 10**6 + run.seed)
+    energy, generator = reference_of(data, run.samples), torch.Generator().manual_seed(2 * 10**6 + run.seed)
     noise = torch.randn(run.samples, 2, generator=generator)
     fresh, _ = data.sample(run.samples, generator)
-    mixture = data if isinstance(data, GaussianMixture) else None
-    truth = mixture.flow_map(noise[:2000], torch.ones(2000)[: run.samples]) if mixture else None
-    rows = []
+    mixture, few = isinstance(data, GaussianMixture), min(run.samples, 2000)  # the exact map costs 400 evaluations
+    truth = data.flow_map(noise[:few], torch.ones(few)) if mixture else None
+    rows, one_step = [], None
     for who, net, solver, counts in (
         ("teacher", teacher, "euler", (1, 2, 4, 8, 50)),
         ("student", student, "euler", (1, 2, 4, 8)),
@@ -450,87 +450,42 @@ def evaluate(run, data, teacher, student):
     ):
         for steps in counts:
             x = scflow.sample(net, noise, steps, solver, generator=generator)
-            one = x if steps == 1 else one
+            one_step = x if steps == 1 else one_step
             row = dict(who=who, solver=solver, steps=steps, nfe=scflow.nfe(steps, solver), energy=energy(x))
             row["sliced_w2"] = scflow.sliced_w2(x, fresh, generator=torch.Generator().manual_seed(0))
-            if solver != "renoise":  # fresh noise has no pairing to compare
-                row["gap"] = scflow.rms_distance(x, one)
-                row["map_error"] = scflow.rms_distance(x[:2000], truth) if mixture else None
+            if solver != "renoise":  # fresh noise leaves no pairs to compare
+                row["gap"] = scflow.rms_distance(x, one_step)
+                row |= {"map_error": scflow.rms_distance(x[:few], truth)} if mixture else {}
             if mixture:
-                row["coverage"], row["precision"] = scflow.coverage_and_precision(x, mixture)
+                row["coverage"], row["precision"] = scflow.coverage_and_precision(x, data)
             rows.append(row)
     return rows
 
 
 def machine():
     """What the figures were computed on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(
-        processor=platform.machine(),
-        gpu=gpu,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        python=platform.python_version(),
-    )
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return ", ".join([f"{platform.machine()} CPU, {torch.get_num_threads()} threads", *gpu, versions])
 
 
-def train(run, teacher_settings, schedule):
-    """One run from start to metrics.json; returns its folder and the metrics."""
-    data = dataset(run.dataset)
-    exact = run.teacher == "exact"
-    require(not exact or isinstance(data, GaussianMixture), f"--teacher exact needs a mixture; {run.dataset} is none")
-    require(run.device.split(":")[0] in ("cpu", "cuda", "mps"), f"unknown device {run.device!r}: cpu, cuda or mps")
-    require(not run.device.startswith("cuda") or torch.cuda.is_available(), "no CUDA device here: use --device cpu")
-    require(run.device != "mps" or torch.backends.mps.is_available(), "no MPS device here: use --device cpu")
-    config = {k: v for k, v in asdict(run).items() if k not in COSMETIC}
-    config |= dict(teacher_settings=asdict(teacher_settings), schedule=[asdict(p) for p in schedule])
-    folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
-    if not run.quiet:
-        print(f"writing to {folder}")
-    generator, journal = start_generator(run), Journal()
-    if isinstance(data, GaussianMixture):
-        data.to(run.device)
-    clock = [time.perf_counter()]
-    try:
-        net = get_teacher(run, teacher_settings, data, generator, folder, journal)
-        clock.append(time.perf_counter())
-        teacher = data if exact else net
-        student = get_student(run, schedule, teacher, net, data, generator, folder, journal)
-    except Stopped:
-        again = "the same command with --resume" + ("" if run.out else f" --out {folder}")
-        raise Stopped(f"stopped and saved in {folder}; {again} goes on") from None
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {folder} keeps the last checkpoint before it") from None
-    clock.append(time.perf_counter())
-    data, teacher, student = dataset(run.dataset), teacher.to("cpu"), student.to("cpu")
-    rows = evaluate(run, data, teacher, student)
-    floor = noise_floor(run.dataset, data, run.samples)
-    clock.append(time.perf_counter())
-    seconds = {k: round(b - a, 2) for k, a, b in zip(("teacher", "student", "evaluation"), clock, clock[1:])}
-    metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
-    metrics |= dict(floor=dict(mean=floor[0], sd=floor[1]), rows=rows, seconds=seconds, machine=machine())
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
-    return folder, metrics
+LABELS = {"euler": "Euler", "renoise": "re-noising (β = 1)"}
 
 
 def table(metrics):
     """The measures of a run as text: rows are networks, columns numbers of network evaluations."""
-    floor, rows = metrics["floor"], metrics["rows"]
-    columns = sorted({r["nfe"] for r in rows})
-    lines = [f"{'network evaluations':34}" + "".join(f"{n:>10}" for n in columns)]
+    floor, columns = metrics["floor"], sorted({r["nfe"] for r in metrics["rows"]})
+    lines = [f"{'network evaluations':32}" + "".join(f"{n:>10}" for n in columns)]
     for title, key, scale in (
-        (f"energy distance ×10³ (floor {1e3 * floor['mean']:.2f} ± {1e3 * floor['sd']:.2f})", "energy", 1e3),
-        ("consistency gap (RMS to one step)", "gap", 1),
-        ("flow-map error (RMS to the exact map)", "map_error", 1),
+        (f"energy distance ×10³ (noise floor {1e3 * floor['mean']:.2f} ± {1e3 * floor['sd']:.2f})", "energy", 1e3),
+        ("consistency gap: RMS to the one-step sample", "gap", 1),
+        ("flow-map error: RMS to the exact map", "map_error", 1),
     ):
-        shown = {(r["who"], r["solver"], r["nfe"]): r[key] for r in rows if r.get(key) is not None}
-        if not shown:
-            continue
-        lines.append(title)
-        for who, solver in dict.fromkeys(k[:2] for k in shown):
-            label = f"  {who}, " + {"euler": "Euler", "renoise": "re-noising (β = 1)"}[solver]
-            cells = (shown.get((who, solver, n)) for n in columns)
-            lines.append(f"{label:34}" + "".join(f"{'' if c is None else f'{scale * c:.3f}':>10}" for c in cells))
+        cells = {(r["who"], r["solver"], r["nfe"]): f"{scale * r[key]:.3f}" for r in metrics["rows"] if key in r}
+        lines += [title] if cells else []
+        for who, solver in dict.fromkeys(k[:2] for k in cells):
+            label = f"  {who}, {LABELS[solver]}"
+            lines.append(f"{label:32}" + "".join(f"{cells.get((who, solver, n), ''):>10}" for n in columns))
     return "\n".join(lines)
 
 
@@ -538,9 +493,10 @@ def table(metrics):
 # matplotlib is imported where it is used: a run without figures does without it.
 
 TEACHER, STUDENT, RENOISE, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"  # Okabe–Ito: safe for the colour-blind
-CYCLE = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#0072B2")
-LIMIT = 3.2  # data sets have RMS radius near 2
-LOSS_COLOURS = dict(flow="#D55E00", consistency="#0072B2", bi="#56B4E9", self="#009E73", adv="#CC79A7", disc="#E69F00")
+WHEEL = ("#0072B2", "#56B4E9", "#009E73", "#A6B400", "#E69F00", "#D55E00", "#CC79A7", "#0072B2")
+LOSS_COLOURS = dict(flow=TEACHER, consistency=STUDENT, bi="#56B4E9", self=RENOISE, adv="#CC79A7", disc="#E69F00")
+STYLE = {"font.size": 11, "axes.titlesize": 12, "legend.frameon": False, "figure.constrained_layout.use": True}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 def pyplot():
@@ -550,31 +506,33 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"figure.dpi": 110, "font.size": 11, "axes.titlesize": 12, "legend.frameon": False})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+    plt.rcParams.update(STYLE)
     return plt
 
 
 def by_angle(noise):
-    """A colour per noise point (n,2): its direction on a colour wheel, paler near the centre."""
+    """A colour per noise point (n,2): its direction on a colour wheel."""
     from matplotlib.colors import LinearSegmentedColormap
 
     angle = torch.atan2(noise[:, 1], noise[:, 0]) / (2 * math.pi) % 1
-    return LinearSegmentedColormap.from_list("wheel", CYCLE)(angle.numpy())
-
-
-def cloud(ax, x, title, colours=GREY, size=3):
-    """A scatter of points (n,2) in the common window, without ticks."""
-    ax.scatter(x[:, 0], x[:, 1], s=size, c=colours, linewidths=0, rasterized=True)
-    window(ax, title)
+    return LinearSegmentedColormap.from_list("wheel", WHEEL)(angle.numpy())
 
 
 def window(ax, title=""):
     """The common square window around data and noise, framed, without ticks."""
-    ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[], aspect="equal")
-    ax.set_title(title)
-    for spine in ax.spines.values():
-        spine.set(visible=True, color="#cccccc")
+    ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[], aspect="equal", title=title)
+    ax.spines[:].set(visible=True, color="#cccccc")
+
+
+def cloud(ax, x, title, colours=GREY, size=4):
+    """A scatter of points (n,2) in the common window."""
+    ax.scatter(x[:, 0], x[:, 1], s=size, c=colours, linewidths=0)
+    window(ax, title)
+
+
+def plural(n, word):
+    """1 step, 2 steps."""
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 class Pictures:
@@ -582,41 +540,35 @@ class Pictures:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        require((folder / "student.pt").exists(), f"no finished run in {folder}: it holds no student.pt")
-        require((folder / "metrics.json").exists(), f"the run in {folder} has not finished: give --resume to it first")
-        self.metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        require((folder / "metrics.json").exists(), f"no finished run in {folder} (it holds no metrics.json)")
+        config, self.metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
         self.schedule = tuple(Phase(**p) for p in config["schedule"])
         content = scflow.read(folder / "student.pt")
         self.journal = Journal(content["journal"])
         self.student = scflow.load(folder / "student.pt")
-        self.teacher = scflow.build(content["teacher"]["arch"])
+        self.teacher, self.target = scflow.build(content["teacher"]["arch"]), scflow.build(content["arch"])
         self.teacher.load_state_dict(content["teacher"]["weights"])
-        self.target = scflow.build(content["arch"])
         self.target.load_state_dict(content["state"]["parts"]["target"])
-        self.data = dataset(config["dataset"])
+        self.data, generator = dataset(config["dataset"]), torch.Generator().manual_seed(3)
         self.exact = self.data if isinstance(self.data, GaussianMixture) else None
-        generator = torch.Generator().manual_seed(3)
-        self.noise = torch.randn(2000, 2, generator=generator)
-        self.x0 = self.data.sample(2000, generator)[0]
+        self.noise = torch.randn(1500, 2, generator=generator)
+        self.x0 = self.data.sample(1500, generator)[0]
 
     def quality(self, who, solver="euler"):
         """{NFE: energy distance ×10³} of one network and solver."""
-        rows = (r for r in self.metrics["rows"] if (r["who"], r["solver"]) == (who, solver))
-        return {r["nfe"]: 1e3 * r["energy"] for r in rows}
+        return {r["nfe"]: 1e3 * r["energy"] for r in self.metrics["rows"] if (r["who"], r["solver"]) == (who, solver)}
 
     def hero(self, plt):
         """Noise, data, teacher and student samples: the colour of a point is that of its noise."""
-        figure, axes = plt.subplots(2, 4, figsize=(10, 5.6))
+        figure, axes = plt.subplots(2, 4, figsize=(10, 6))
         colours = by_angle(self.noise)
         cloud(axes[0, 0], self.noise, "noise (colour key)", colours)
         cloud(axes[0, 1], self.x0, "data")
         places = [("teacher", 1), ("teacher", 50), ("student", 1), ("student", 2), ("student", 4), ("student", 8)]
         for ax, (who, steps) in zip([*axes[0, 2:], *axes[1]], places):
-            x = scflow.sample(getattr(self, who), self.noise, steps)
-            cloud(ax, x, f"{who}, {steps} step{'s' * (steps > 1)}", colours)
-            value = f"ED·10³ = {self.quality(who)[steps]:.1f}".replace("-", "−")
-            ax.text(0.5, 0.02, value, transform=ax.transAxes, ha="center", fontsize=9, color="#444444")
+            cloud(ax, scflow.sample(getattr(self, who), self.noise, steps), f"{who}, {plural(steps, 'step')}", colours)
+            value = f"energy distance × 10³: {self.quality(who)[steps]:.1f}".replace("-", "−")
+            ax.set_xlabel(value, fontsize=9, color="#444444")
         return figure
 
     def steps(self, plt):
@@ -624,19 +576,20 @@ class Pictures:
         figure, ax = plt.subplots(figsize=(6, 3.9))
         mean, sd = (1e3 * self.metrics["floor"][k] for k in ("mean", "sd"))
         ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="#dddddd", label="noise floor ± 2 sd", lw=0)
-        for who, solver, colour, marker, label in (
-            ("teacher", "euler", TEACHER, "o", "teacher, Euler"),
-            ("student", "euler", STUDENT, "s", "student, Euler"),
-            ("student", "renoise", RENOISE, "^", "student, re-noising"),
-        ):
+        curves = (
+            ("teacher", "euler", TEACHER, "o"),
+            ("student", "euler", STUDENT, "s"),
+            ("student", "renoise", RENOISE, "^"),
+        )
+        for who, solver, colour, marker in curves:
             values = self.quality(who, solver)
-            ax.plot(values.keys(), values.values(), color=colour, marker=marker, label=label, lw=2, ms=7)
+            ax.plot(values.keys(), values.values(), color=colour, marker=marker, label=f"{who}, {LABELS[solver]}", lw=2)
         ax.set_xscale("log", base=2)
         ax.set_yscale("symlog", linthresh=2)
-        ax.set_xticks([1, 2, 4, 8, 50], ["1", "2", "4", "8", "50"])
+        ax.set_xticks(*2 * [[1, 2, 4, 8, 50]])
+        ax.set_yticks([-2, -1, 0, 1, 2, 10, 100, 1000], ["−2", "−1", "0", "1", "2", "10", "100", "1000"])
         ax.minorticks_off()
-        ax.set(xlabel="network evaluations", ylabel="energy distance × 10³", yticks=[-1, 0, 1, 2, 10, 100, 1000])
-        ax.set_yticklabels(["−1", "0", "1", "2", "10", "100", "1000"])
+        ax.set(xlabel="network evaluations", ylabel="energy distance × 10³", ylim=(min(-1, mean - 3 * sd), None))
         ax.legend(fontsize=10)
         return figure
 
@@ -647,77 +600,84 @@ class Pictures:
         for ax, who, steps in zip(axes, ("teacher", "student", "student"), (50, 8, 1)):
             x, path = scflow.sample(getattr(self, who), noise, steps, trajectory=True)  # (n,2), (steps+1,n,2)
             for i, colour in enumerate(by_angle(noise)):
-                ax.plot(*path[:, i].T, color=colour, lw=0.8, alpha=0.8)
+                ax.plot(*path[:, i].T, color=colour, lw=0.9)
             ax.scatter(*noise.T, s=6, color="#bbbbbb", zorder=3)
             ax.scatter(*x.T, s=8, color="black", zorder=4)
-            window(ax, f"{who}, {steps} Euler step{'s' * (steps > 1)}")
+            window(ax, f"{who}, {plural(steps, 'Euler step')}")
         return figure
 
     def field(self, plt):
-        """Velocity at several t, over the distance to the exact field where that is known (else its own length)."""
-        times = (1.0, 0.75, 0.5, 0.25)
-        figure, axes = plt.subplots(2, 4, figsize=(10.6, 5.4))
-        side = torch.linspace(-LIMIT, LIMIT, 61)
-        fine = torch.cartesian_prod(side, side)  # (61²,2)
-        coarse = torch.cartesian_prod(side[2::5], side[2::5])
-        generator = torch.Generator().manual_seed(4)
+        """Where the velocities lead at several t, over their distance to the exact ones (else over their length)."""
+        figure, axes = plt.subplots(2, 4, figsize=(10.6, 5.6))
+        side, generator = torch.linspace(-LIMIT, LIMIT, 61), torch.Generator().manual_seed(4)
+        fine, coarse = torch.cartesian_prod(side, side), torch.cartesian_prod(side[2::5], side[2::5])
         for row, who in zip(axes, ("teacher", "student")):
-            net = getattr(self, who)
-            for ax, t in zip(row, times):
+            for ax, t in zip(row, (1.0, 0.75, 0.5, 0.25)):
+                times, net = torch.full((len(fine),), t), getattr(self, who)
                 with torch.no_grad():  # a picture
-                    v, arrows = net(fine, torch.full((len(fine),), t)), net(coarse, torch.full((len(coarse),), t))
-                    error = (v - self.exact(fine, torch.full((len(fine),), t)) if self.exact else v).norm(dim=1)
-                picture = ax.imshow(
-                    error.reshape(61, 61).T, origin="lower", extent=(-LIMIT, LIMIT) * 2, cmap="Blues",
-                    vmin=0, vmax=2 if self.exact else 4,
-                )  # fmt: skip
-                xt = scflow.interpolate(self.x0[:300], torch.randn(300, 2, generator=generator), torch.full((300,), t))
-                ax.scatter(*xt.T, s=3, color=TEACHER, linewidths=0)
-                ax.quiver(*coarse.T, *-arrows.T, color="black", scale=40, width=0.006)  # sampling follows −v
+                    shade, arrows = net(fine, times), net(coarse, times[: len(coarse)])
+                if self.exact:  # blank where p_t is below a thousandth of its peak: nothing is learned there
+                    shade, density = shade - self.exact(fine, times), self.exact.log_density(fine, times)
+                    shade[density < density.max() - math.log(1000)] = math.nan
+                shade = shade.norm(dim=1).reshape(61, 61).T
+                extent = (-LIMIT, LIMIT, -LIMIT, LIMIT)
+                picture = ax.imshow(shade, "YlOrBr", origin="lower", extent=extent, vmin=0, vmax=2 if self.exact else 4)
+                x1 = torch.randn(200, 2, generator=generator)
+                ax.scatter(*scflow.interpolate(self.x0[:200], x1, times[:200]).T, s=4, color=STUDENT, linewidths=0)
+                ax.quiver(*coarse.T, *-arrows.T, color="black", scale=45, width=0.006)  # sampling follows −v
                 window(ax, f"{who}, t = {t:g}")
-        label = "‖v − v*‖, the exact velocity" if self.exact else "‖v‖"
+        label = "‖v − v*‖, v* the exact velocity" if self.exact else "‖v‖"
         figure.colorbar(picture, ax=axes, shrink=0.7, label=label, extend="max")
         return figure
 
     def losses(self, plt):
         """Losses and gradient norms over training, and the losses by t at its end."""
         figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.7))
-        rows = [r for r in self.journal.rows if r["stage"] == "student"]
-        for name, colour in LOSS_COLOURS.items():
-            for ax, key in ((axes[0], name), (axes[1], f"norm_{name}")):
-                steps, values = (
-                    zip(*[(r["step"], r[key]) for r in rows if key in r]) if any(key in r for r in rows) else ((), ())
-                )
-                if steps:
-                    width = min(15 if ax is axes[0] else 1, len(values))  # single batches are noisy: show a running mean
-                    smooth = np.convolve(values, np.ones(width) / width, "valid")
-                    ax.plot(steps[width // 2 :][: len(smooth)], smooth, color=colour, label=name, lw=1.6)
-        axes[0].set(title="losses (running mean)", xlabel="student update", yscale="symlog")
+        for prefix, ax in (("", axes[0]), ("norm_", axes[1])):
+            for name, colour in LOSS_COLOURS.items():
+                rows = [r for r in self.journal.rows if r["stage"] == "student" and prefix + name in r]
+                width = min(1 if prefix else 15, len(rows))  # the losses of single batches are noisy
+                if rows:
+                    mean = np.convolve([r[prefix + name] for r in rows], np.ones(width) / width, "valid")
+                    steps = [r["step"] for r in rows][(width - 1) // 2 :][: len(mean)]
+                    ax.plot(steps, mean, ".-" if prefix else "-", color=colour, label=name, lw=1.6)
+            for end in np.cumsum([p.steps for p in self.schedule])[:-1]:
+                ax.axvline(end, color=GREY, ls=":", lw=1)
+        edges, values = self.losses_by_t()
+        for name, value in values.items():
+            axes[2].stairs(value, edges, baseline=None, color=LOSS_COLOURS[name], label=name, lw=1.8)
+        axes[0].set(title="losses (running mean)", xlabel="student update")
         axes[0].set_yscale("symlog", linthresh=0.01)
         axes[1].set(title="gradient norm of each weighted loss", xlabel="student update", yscale="log")
-        edges, by_t = loss_by_t(self)
-        for name, values in by_t.items():
-            axes[2].step(edges, [values[0], *values], color=LOSS_COLOURS[name], label=name, lw=1.8)
-        axes[2].set(title="losses by t, trained networks", xlabel="t", xlim=(0, 1), yscale="log")
+        axes[2].set(title="losses by t, at the end", xlabel="t", yscale="log")
         for ax in axes:
             ax.legend(fontsize=8, ncols=2)
-        for phase in np.cumsum([p.steps for p in self.schedule])[:-1]:
-            for ax in axes[:2]:
-                ax.axvline(phase, color=GREY, ls=":", lw=1)
         return figure
 
+    def losses_by_t(self, bins=10, n=2000):
+        """Mean teacher and student losses in equal bins of t: edges (bins+1,), {name: [value per bin]}."""
+        generator, values, edges = torch.Generator().manual_seed(5), {}, np.linspace(0, 1, bins + 1)
+        phase = replace(self.schedule[0], self_source="student", self_form="x0")
+        weights = dict(consistency=1, bi=1, self=1, adv=0)
+        for low in edges[:-1]:
+            x0, x1 = self.data.sample(n, generator)[0], torch.randn(n, 2, generator=generator)
+            t = float(low) + torch.rand(n, generator=generator) / bins
+            with torch.no_grad():  # a measurement
+                losses, _ = scflow.distill_losses(self, x0, x1, t, phase, weights, generator)
+                v = self.teacher(scflow.interpolate(x0, x1, t), t)
+            for name, value in {"flow": scflow.flow_matching_loss(v, x0, x1), **losses}.items():
+                values.setdefault(name, []).append(value.item())
+        return edges, values
+
     def critic(self, plt):
-        """What the discriminator has seen at four moments: orange is taken for data, purple for samples."""
-        frames = self.journal.frames
-        chosen = [frames[round(i * (len(frames) - 1) / 3)] for i in range(4)]
-        figure, axes = plt.subplots(1, 4, figsize=(11, 3.2))
-        side = self.journal.grid[:48, 1]
-        for ax, frame in zip(axes, chosen):
-            levels = np.linspace(-1.5, 1.5, 13)
-            critic = frame["critic"].float().reshape(48, 48).T
+        """The discriminator at four moments: orange it takes for data, purple for samples."""
+        frames, side = self.journal.frames, self.journal.grid[:48, 1]
+        figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
+        for ax, i in zip(axes, np.linspace(0, len(frames) - 1, 4).round().astype(int)):
+            critic, levels = frames[i]["critic"].float().reshape(48, 48).T, np.linspace(-1.5, 1.5, 13)
             picture = ax.contourf(side, side, critic, levels, cmap="PuOr_r", extend="both")
             ax.contour(side, side, critic, [0], colors="black", linewidths=0.8)
-            cloud(ax, frame["samples"][0].float(), f"after {frame['step']} updates", "black", 2)
+            cloud(ax, frames[i]["samples"][0].float(), f"after {plural(frames[i]['step'], 'update')}", "black", 3)
         figure.colorbar(picture, ax=axes, shrink=0.8, label="D(x)", ticks=[-1.5, 0, 1.5])
         return figure
 
@@ -725,8 +685,7 @@ class Pictures:
         """distillation.gif: samples of 1, 2 and 4 steps while the student is trained."""
         from matplotlib.animation import FuncAnimation, PillowWriter
 
-        plt.rcParams["figure.constrained_layout.use"] = False  # the layout must not move between frames
-        figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), dpi=90)
+        figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), dpi=90, layout="none")  # it must not move
         figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.8, wspace=0.03)
         colours = by_angle(self.journal.noise)
 
@@ -734,58 +693,40 @@ class Pictures:
             for ax, steps, x in zip(axes, (1, 2, 4), frame["samples"].float()):
                 ax.clear()
                 cloud(ax, self.x0, "", "#dddddd", 2)
-                cloud(ax, x, f"{steps} step{'s' * (steps > 1)}", colours, 5)
-            figure.suptitle(f"student after {frame['step']} updates", fontsize=12)
+                cloud(ax, x, plural(steps, "step"), colours, 5)
+            figure.suptitle(f"student after {plural(frame['step'], 'update')}", fontsize=12)
 
         frames = self.journal.frames + [self.journal.frames[-1]] * 8
         FuncAnimation(figure, draw, frames).save(self.folder / "distillation.gif", PillowWriter(fps=6))
-        plt.close(figure)
 
     def draw(self, which, gif=False):
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
+        if which == "none" and not gif:
+            return []
         plt, paths = pyplot(), []
-        basic, more = (self.hero, self.steps), (self.paths, self.field, self.losses, self.critic)
-        for number, picture in enumerate({"none": (), "basic": basic, "all": basic + more}[which], 1):
+        basic, more = [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
+        for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
             paths.append(self.folder / f"{number}_{picture.__name__}.png")
-            figure = picture(plt)
-            figure.savefig(paths[-1], dpi=130)
-            plt.close(figure)
+            picture(plt).savefig(paths[-1], dpi=100)
         if gif:
             self.gif(plt)
             paths.append(self.folder / "distillation.gif")
+        plt.close("all")
         return paths
-
-
-def loss_by_t(pictures, bins=10, n=2000):
-    """Mean of the teacher's and each student loss in equal bins of t: (edges (bins+1,), {name: [value per bin]})."""
-    generator, values = torch.Generator().manual_seed(5), {}
-    nets = argparse.Namespace(teacher=pictures.teacher, student=pictures.student, target=pictures.target)
-    nets.source, nets.disc = pictures.student, None
-    phase = replace(pictures.schedule[0], self_form="x0")
-    weights = dict(consistency=1, bi=1, self=1, adv=0)
-    for i in range(bins):
-        x0 = pictures.data.sample(n, generator)[0]
-        x1, t = torch.randn(n, 2, generator=generator), (i + torch.rand(n, generator=generator)) / bins
-        with torch.no_grad():  # a measurement
-            losses, _ = scflow.distill_losses(nets, x0, x1, t, phase, weights, generator)
-            v = pictures.teacher(scflow.interpolate(x0, x1, t), t)
-        for name, value in (losses | {"flow": scflow.flow_matching_loss(v, x0, x1)}).items():
-            values.setdefault(name, []).append(value.item())
-    return np.linspace(0, 1, bins + 1), values
 
 
 # ═══ 6. Commands ════════════════════════════════════════════════════════════════════════════
 
 
 def train_command(argv):
-    """Train, distil, evaluate and draw one data set (the command when none is named)."""
-    run, teacher_settings, schedule = configure(*cli(argv, train_command.__doc__, Run, TeacherSettings, Phase))
-    folder, metrics = train(run, teacher_settings, schedule)
-    figures = Pictures(folder).draw(run.figures, run.gif) if run.figures != "none" or run.gif else []
+    """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, table)."""
+    run, settings, schedule = configure(argv, train_command.__doc__)
+    folder, metrics = train(run, settings, schedule)
+    figures = Pictures(folder).draw(run.figures, run.gif)
     if not run.quiet:
         print(f"\n{run.dataset}, seed {run.seed}, schedule {run.preset!r}, {run.samples} samples\n{table(metrics)}\n")
         print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics["seconds"].items()))
-        print("figures: " + (", ".join(str(f) for f in figures) or "none"))
+        print("files:   " + ", ".join(map(str, [folder / "student.pt", folder / "metrics.json", *figures])))
 
 
 @dataclass(frozen=True)
@@ -806,89 +747,68 @@ def plot_command(argv):
 
 @dataclass(frozen=True)
 class Table:
-    """Which runs are tabulated."""
+    """Which runs are tabulated; lists are separated by commas."""
 
-    datasets: str = option(",".join(DATASETS), "data sets, separated by commas")
-    presets: str = option("two_phase", "schedules, separated by commas")
-    seeds: str = option("0,1,2,3,4", "seeds, separated by commas")
+    datasets: str = option(",".join(DATASETS), "data sets")
+    presets: str = option("two_phase", "schedules")
+    seeds: str = option("0,1,2,3,4", "seeds")
+    flags: str = option("", "further flags of every run, in quotes")
     samples: int = option(20000, "points in the evaluation")
     workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
-    runs: str = option("runs/table", "folder of the run folders; finished ones are not repeated")
-    results: str = option("results", "folder of the tables")
+    runs: str = option("runs/table", "folder of the run folders; finished runs are read back")
+    out: str = option("results/table", "path of the tables, without .csv and .md")
 
 
 def table_cell(argv):
-    """One run of the table in a process of its own; a finished one is read back."""
+    """One run of the table, in a process of its own."""
     torch.set_num_threads(1)
-    run, teacher_settings, schedule = configure(*cli(argv, "", Run, TeacherSettings, Phase))
-    run = replace(run, resume=Path(run.out, "config.json").exists())
-    if run.resume and Path(run.out, "metrics.json").exists():
-        config = json.loads(Path(run.out, "config.json").read_text(encoding="utf-8"))
-        if config["schedule"] == [asdict(p) for p in schedule] and config["samples"] == run.samples:
-            return json.loads(Path(run.out, "metrics.json").read_text(encoding="utf-8"))
-    return train(run, teacher_settings, schedule)[1]
+    run, settings, schedule = configure(argv)
+    return train(replace(run, resume=Path(run.out, "config.json").exists()), settings, schedule)[1]
 
 
 def table_command(argv):
-    """Run data sets × presets × seeds side by side, and write results/table.csv and table.md (mean ± sd over seeds)."""
-    known = cli(argv, table_command.__doc__, Table)[0]
-    settings = Table(**known)
+    """Run data sets × schedules × seeds side by side; write every cell as CSV and mean ± sd as Markdown."""
+    settings = Table(**cli(argv, table_command.__doc__, Table)[0])
+    choices = itertools.product(*(v.split(",") for v in (settings.datasets, settings.presets, settings.seeds)))
     cells = []
-    for name in settings.datasets.split(","):
-        for preset in settings.presets.split(","):
-            for seed in settings.seeds.split(","):
-                out = Path(settings.runs, f"{Path(name).stem}-{preset}-{seed}")
-                flags = f"--dataset {name} --preset {preset} --seed {seed} --samples {settings.samples} --out {out}"
-                cells.append([*flags.split(), "--quiet"])
-                configure(*cli(cells[-1], "", Run, TeacherSettings, Phase))  # complain before the first run starts
-    done = []
+    for name, preset, seed in choices:
+        out = Path(settings.runs, f"{Path(name).stem}-{preset}-{seed}")
+        flags = f"--dataset {name} --preset {preset} --seed {seed} --samples {settings.samples} --out {out} --quiet"
+        cells.append([*flags.split(), *settings.flags.split()])
+        configure(cells[-1])  # complains before the first run starts
     with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(table_cell, cell) for cell in cells]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs"):
-            done.append(job.result())
-            write_table(done, settings, argv)
-    print(write_table(done, settings, argv))
+        done = list(tqdm(pool.map(table_cell, cells), total=len(cells), desc="runs"))
+    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"dataset": m["dataset"], "preset": m["preset"], "seed": m["seed"], **r} for m in done for r in m["rows"]]
+    with open(f"{settings.out}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in rows for k in r)))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = markdown(settings, done, rows, shlex.join(argv))
+    write_text(f"{settings.out}.md", text)
+    print(text)
 
 
-def write_table(done, settings, argv):
-    """table.csv (every cell) and table.md (energy distance ×10³, mean ± sd over seeds); returns the latter's text."""
-    groups = {}
-    for m in sorted(done, key=lambda m: m["seed"]):
-        groups.setdefault((m["dataset"], m["preset"]), []).append(m)
-    lines = [
-        f"`python toy_2d.py table {' '.join(argv)}`".replace(" `", "`"),
-        "",
-        f"Energy distance ×10³ at so many network evaluations, mean ± sd over seeds {settings.seeds}; "
-        f"{settings.samples} samples; one thread a run; machine: {json.dumps(done[0]['machine'])}.",
-        "",
+def markdown(settings, done, rows, flags):
+    """Energy distance ×10³ of the table's runs, mean ± sd over seeds, with its command, machine and noise floors."""
+    floors = {m["dataset"]: "{mean:.2f} ± {sd:.2f}".format(**{k: 1e3 * v for k, v in m["floor"].items()}) for m in done}
+    lines = [f"`python toy_2d.py table {flags}`".replace(" `", "`"), ""]
+    lines += [f"Energy distance ×10³ by network evaluations: mean ± sd over seeds {settings.seeds}; {settings.samples}"]
+    lines[-1] += f" samples; {done[0]['machine']}.\n"
+    lines += [
         "| data set (noise floor) | schedule | network | 1 | 2 | 4 | 8 | 50 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = {name: i for i, name in enumerate(settings.datasets.split(","))}
-    flat = []
-    for (name, preset), runs in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 99), g[0][1])):
-        floor = runs[0]["floor"]
-        for who, solver in (("teacher", "euler"), ("student", "euler"), ("student", "renoise")):
-            cells = []
-            for nfe in (1, 2, 4, 8, 50):
-                rows = [(m["seed"], r) for m in runs for r in m["rows"]]
-                rows = [(s, r) for s, r in rows if (r["who"], r["solver"], r["nfe"]) == (who, solver, nfe)]
-                flat += [dict(dataset=name, preset=preset, seed=s, **r) for s, r in rows]
-                values = 1e3 * np.array([r["energy"] for _, r in rows])
-                sd = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-                cells.append(f"{values.mean():.2f}{sd}" if len(values) else "")
-            title = f"{name} ({1e3 * floor['mean']:.2f} ± {1e3 * floor['sd']:.2f})"
-            lines.append("| " + " | ".join([title, preset, f"{who}, {solver}", *cells]) + " |")
-    folder = Path(settings.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
-    write_text(folder / "table.md", text)
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
-        names = list(dict.fromkeys(k for row in flat for k in row))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(flat)
-    return text
+    groups = {}
+    for r in rows:
+        line = groups.setdefault((r["dataset"], r["preset"], r["who"], r["solver"]), {})
+        line.setdefault(r["nfe"], []).append(1e3 * r["energy"])
+    for (name, preset, who, solver), line in groups.items():
+        cells = [
+            f"{np.mean(line[n]):.2f} ± {np.std(line[n], ddof=1):.2f}" if n in line else "" for n in (1, 2, 4, 8, 50)
+        ]
+        lines.append("| " + " | ".join([f"{name} ({floors[name]})", preset, f"{who}, {LABELS[solver]}", *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 COMMANDS = {"train": train_command, "plot": plot_command, "table": table_command}
@@ -904,7 +824,7 @@ def main(argv=None):
         print(f"toy_2d.py: error: {error}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
-        print(stop or "stopped", file=sys.stderr)
+        print(f"toy_2d.py: {stop or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
