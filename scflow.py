@@ -262,7 +262,7 @@ SCHEDULES = {
     # x̂_t differ, consistency and self-correction ask the same network for different things; in turn,
     # each gets what it asks for. The last phase needs neither teacher nor data for its main term.
     "two_phase": (
-        Phase(steps=2500, lambda_self=0.0, lambda_adv=0.3, tau=0.0),
+        Phase(steps=2500, lambda_self=0.0, tau=0.0),
         Phase(
             steps=800,
             lr=1e-3,
@@ -282,6 +282,7 @@ SCHEDULES = {
 
 def rescale(schedule, steps):
     """The schedule with `steps` updates in all, shared out as before, at least one a phase."""
+    require(steps > 0, f"steps must be positive, not {steps}")
     total = sum(phase.steps for phase in schedule)
     return tuple(replace(p, steps=max(1, round(p.steps * steps / total))) for p in schedule)
 
@@ -663,7 +664,7 @@ class State:
 
 def clone(net, train=False):
     """A copy of the network, frozen unless it is to be trained."""
-    return copy.deepcopy(net).requires_grad_(train)
+    return copy.deepcopy(net).requires_grad_(train).train(train)
 
 
 def adamw(net, lr, betas=(0.9, 0.999)):
@@ -671,9 +672,9 @@ def adamw(net, lr, betas=(0.9, 0.999)):
     return torch.optim.AdamW(net.parameters(), lr, betas, weight_decay=0.0, fused=True)
 
 
-def cosine(progress):
-    """Learning-rate factor, falling from 1 at progress 0 to 0 at progress 1."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+def lr_factor(i, steps):
+    """Learning-rate factor of update i: up along a line for 50 updates, down to 0 along a cosine."""
+    return min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / steps)) / 2
 
 
 def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None, resume=None):
@@ -687,12 +688,12 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
     if resume:
         run.load_state_dict(resume)
     while run.step < settings.teacher_steps:
-        run.opt.param_groups[0]["lr"] = settings.teacher_lr * cosine(run.step / settings.teacher_steps)
+        run.opt.param_groups[0]["lr"] = settings.teacher_lr * lr_factor(run.step, settings.teacher_steps)
         x0, cond = batch(settings.teacher_batch, generator)
         x1, t = randn_like(x0, generator), rand_like(x0.flatten(1)[:, 0], generator)
         xt = interpolate(x0, x1, t)
         v = net(xt, t, cond)
-        loss = squared(v, oracle(xt, t, cond)) if oracle else flow_matching_loss(v, x0, x1)
+        loss = squared(v, oracle(xt, t, cond)) if oracle is not None else flow_matching_loss(v, x0, x1)
         run.losses = {"flow": loss.item()}
         run.check()
         run.opt.zero_grad()
@@ -703,22 +704,27 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
         yield run
 
 
-def distill(teacher, disc, batch, generator, schedule=SCHEDULES["paper"], student=None, resume=None, norms_every=0):
+def distill(
+    teacher, disc, batch, generator, schedule=SCHEDULES["paper"], student=None, *,
+    resume=None, norms_every=0, losses=distill_losses,
+):  # fmt: skip
     """Self-corrected flow distillation. Yields a State per update, with .student, .target, .ema, .disc, .losses.
 
     teacher      any callable (x, t, cond) → v; it is copied and frozen.
     student      initial student; without it, the teacher's weights.
     schedule     tuple of Phases, run one after the other.
+    resume       an earlier State's `state_dict()`.
     norms_every  every so many updates, measure the gradient norm of each weighted loss (.grad_norms).
+    losses       what computes the losses: `distill_losses`, or your function around it.
     """
     check_schedule(schedule)
-    student = clone(student or teacher, train=True)
+    student = clone(teacher if student is None else student, train=True)
     teacher = clone(teacher) if isinstance(teacher, nn.Module) else teacher  # frozen: it is the ground to stand on
     target, ema, frozen = clone(student), clone(student), clone(student)
     run = State(generator, student=student, target=target, ema=ema, frozen=frozen, disc=disc)
-    # A critic with a short memory follows samples that move; and it starts afresh in no phase.
+    # The critic's betas are short: what it learned of earlier samples is soon out of date.
     run.parts |= {"opt": adamw(student, schedule[0].lr), "opt_disc": adamw(disc, schedule[0].lr_disc, (0.5, 0.99))}
-    run.__dict__.update(run.parts, teacher=teacher, source=None)
+    run.__dict__.update(run.parts, teacher=teacher, source=None, loss_function=losses)
     if resume:
         run.load_state_dict(resume)
     start = 0
@@ -737,7 +743,7 @@ def distill(teacher, disc, batch, generator, schedule=SCHEDULES["paper"], studen
 
 def distill_step(run, phase, i, batch, norms_every=0):
     """Update i of a phase: the student on all its losses, the two averages, the critic."""
-    run.opt.param_groups[0]["lr"] = phase.lr * cosine(i / phase.steps)
+    run.opt.param_groups[0]["lr"] = phase.lr * lr_factor(i, phase.steps)
     run.opt_disc.param_groups[0]["lr"] = phase.lr_disc
     x0, cond = batch(phase.batch, run.generator)
     x1, t = randn_like(x0, run.generator), rand_like(x0.flatten(1)[:, 0], run.generator)
@@ -745,7 +751,7 @@ def distill_step(run, phase, i, batch, norms_every=0):
 
     run.disc.requires_grad_(False)  # the student's step must not touch the critic
     weights = phase.weights(i)
-    losses, fake = distill_losses(run, x0, x1, t, phase, weights, run.generator, cond)
+    losses, fake = run.loss_function(run, x0, x1, t, phase, weights, run.generator, cond)
     run.losses = {k: v.item() for k, v in losses.items()}
     run.check()
     if norms_every and run.step % norms_every == 0:
@@ -837,7 +843,7 @@ def load(path, net=None, device="cpu"):
     Raises ValueError if the file or its architecture does not fit.
     """
     content = read(path, device)
-    net = net or build(content["arch"] or {})
+    net = build(content["arch"] or {}) if net is None else net
     try:
         net.load_state_dict(content["weights"])
     except RuntimeError:

@@ -401,7 +401,7 @@ def train(run, settings, schedule):
         start = partial(scflow.train_teacher, net, batch, generator, settings, oracle)
         net = stage("teacher", run, folder, journal, net, start, settings.teacher_steps)
         clock.append(time.perf_counter())
-        teacher = oracle or net
+        teacher = oracle if exact else net
         kept = {"arch": teacher.arch, "weights": teacher.state_dict()}
         start = partial(scflow.distill, teacher, disc, batch, generator, schedule, net, norms_every=50)
         total = sum(p.steps for p in schedule)
@@ -526,7 +526,7 @@ def window(ax, title=""):
 
 def cloud(ax, x, title, colours=GREY, size=4):
     """A scatter of points (n,2) in the common window."""
-    ax.scatter(x[:, 0], x[:, 1], s=size, c=colours, linewidths=0)
+    ax.scatter(*x.T.numpy(), s=size, c=colours, linewidths=0)
     window(ax, title)
 
 
@@ -600,9 +600,9 @@ class Pictures:
         for ax, who, steps in zip(axes, ("teacher", "student", "student"), (50, 8, 1)):
             x, path = scflow.sample(getattr(self, who), noise, steps, trajectory=True)  # (n,2), (steps+1,n,2)
             for i, colour in enumerate(by_angle(noise)):
-                ax.plot(*path[:, i].T, color=colour, lw=0.9)
-            ax.scatter(*noise.T, s=6, color="#bbbbbb", zorder=3)
-            ax.scatter(*x.T, s=8, color="black", zorder=4)
+                ax.plot(*path[:, i].T.numpy(), color=colour, lw=0.9)
+            ax.scatter(*noise.T.numpy(), s=6, color="#bbbbbb", zorder=3)
+            ax.scatter(*x.T.numpy(), s=8, color="black", zorder=4)
             window(ax, f"{who}, {plural(steps, 'Euler step')}")
         return figure
 
@@ -623,8 +623,12 @@ class Pictures:
                 extent = (-LIMIT, LIMIT, -LIMIT, LIMIT)
                 picture = ax.imshow(shade, "YlOrBr", origin="lower", extent=extent, vmin=0, vmax=2 if self.exact else 4)
                 x1 = torch.randn(200, 2, generator=generator)
-                ax.scatter(*scflow.interpolate(self.x0[:200], x1, times[:200]).T, s=4, color=STUDENT, linewidths=0)
-                ax.quiver(*coarse.T, *-arrows.T, color="black", scale=45, width=0.006)  # sampling follows −v
+                ax.scatter(
+                    *scflow.interpolate(self.x0[:200], x1, times[:200]).T.numpy(), s=4, color=STUDENT, linewidths=0
+                )
+                ax.quiver(
+                    *coarse.T.numpy(), *-arrows.T.numpy(), color="black", scale=45, width=0.006
+                )  # sampling follows −v
                 window(ax, f"{who}, t = {t:g}")
         label = "‖v − v*‖, v* the exact velocity" if self.exact else "‖v‖"
         figure.colorbar(picture, ax=axes, shrink=0.7, label=label, extend="max")
@@ -703,11 +707,14 @@ class Pictures:
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
         if which == "none" and not gif:
             return []
+        from PIL import Image
+
         plt, paths = pyplot(), []
         basic, more = [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
         for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
             paths.append(self.folder / f"{number}_{picture.__name__}.png")
             picture(plt).savefig(paths[-1], dpi=100)
+            Image.open(paths[-1]).convert("RGB").quantize(256).save(paths[-1])  # a third of the size
         if gif:
             self.gif(plt)
             paths.append(self.folder / "distillation.gif")
@@ -772,10 +779,11 @@ def table_command(argv):
     choices = itertools.product(*(v.split(",") for v in (settings.datasets, settings.presets, settings.seeds)))
     cells = []
     for name, preset, seed in choices:
+        dataset(name)
         out = Path(settings.runs, f"{Path(name).stem}-{preset}-{seed}")
         flags = f"--dataset {name} --preset {preset} --seed {seed} --samples {settings.samples} --out {out} --quiet"
         cells.append([*flags.split(), *settings.flags.split()])
-        configure(cells[-1])  # complains before the first run starts
+        configure(cells[-1])  # this and the line above complain before the first run starts
     with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
         done = list(tqdm(pool.map(table_cell, cells), total=len(cells), desc="runs"))
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
