@@ -257,7 +257,7 @@ class Phase:
 
 SCHEDULES = {
     # The paper's method: all four losses together, with the reference's weights, δ and τ.
-    "paper": (Phase(),),
+    "paper": (Phase(steps=2400),),
     # This project's schedule: distil first, straighten last. While the landing points of x_t and of
     # x̂_t differ, consistency and self-correction ask the same network for different things; in turn,
     # each gets what it asks for. The last phase needs neither teacher nor data for its main term.
@@ -275,8 +275,8 @@ SCHEDULES = {
             at_one=0.25,
         ),
     ),
-    # What the other losses repair: consistency alone, for about the same time.
-    "consistency": (Phase(steps=4500, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0, tau=0.0),),
+    # What the other losses repair: consistency alone. All three schedules take about the same time.
+    "consistency": (Phase(steps=8500, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0, tau=0.0),),
 }
 
 
