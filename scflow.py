@@ -854,8 +854,11 @@ def load(path, net=None, device="cpu"):
 # ═══ 10. Measures ═══════════════════════════════════════════════════════════════════════════
 
 
-def mean_distance(x, y, same=False, rows=2500):
-    """Mean ‖x−y‖ over all pairs of rows (N,d) and (M,d); `same` leaves the N zeros of the diagonal out."""
+def mean_distance(x, y, same=False, rows=100):
+    """Mean ‖x−y‖ over all pairs of rows (N,d) and (M,d), in blocks that stay in the cache.
+
+    `same` says that x is y, and leaves the N zeros of the diagonal out.
+    """
     total = sum(torch.cdist(part, y).sum(1).cpu().double().sum().item() for part in x.split(rows))
     return total / (len(x) * (len(y) - same))
 

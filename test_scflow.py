@@ -19,8 +19,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import scflow
-from scflow import DiT, EnergyDistance, GaussianMixture, LatentDiscriminator, MLP, Phase, PointDiscriminator
-from scflow import TeacherSettings, distill, distill_losses, predict_x0, sample, train_teacher
+from scflow import (
+    MLP,
+    DiT,
+    EnergyDistance,
+    GaussianMixture,
+    LatentDiscriminator,
+    Phase,
+    PointDiscriminator,
+    TeacherSettings,
+    distill,
+    distill_losses,
+    predict_x0,
+    sample,
+    train_teacher,
+)
 
 torch.set_num_threads(1)  # tiny matrices: more threads are slower, and the order of sums must not change
 
@@ -144,6 +157,13 @@ def same(a, b):
     return a == b
 
 
+def refused(call, *args, **options):
+    """The call raises a ValueError of one line."""
+    with pytest.raises(ValueError) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 def weights_of(net):
     return copy.deepcopy(net.state_dict())
 
@@ -170,7 +190,7 @@ def test_time_runs_from_data_at_zero_to_noise_at_one():
     x0, x1, t, xt = draw(64)
     assert torch.equal(scflow.interpolate(x0, x1, torch.zeros(64)), x0)
     assert torch.equal(scflow.interpolate(x0, x1, torch.ones(64)), x1)
-    _, slope = torch.func.jvp(lambda t: scflow.interpolate(x0, x1, t), (t,), (torch.ones(64),))
+    slope = (scflow.interpolate(x0, x1, t + 0.5) - xt) / 0.5  # a straight line: its difference quotient is exact
     assert torch.allclose(slope, x1 - x0, atol=1e-12)
     assert torch.allclose(predict_x0(lambda x, t, cond: x1 - x0, xt, t), x0, atol=1e-12)
     assert scflow.flow_matching_loss(slope, x0, x1) < 1e-24 < scflow.flow_matching_loss(-slope, x0, x1)
@@ -389,7 +409,8 @@ def plain_dit(net, x, t):
     out, cells = torch.zeros_like(x), [(i, j) for i in range(height // p) for j in range(width // p)]
     freqs = [10_000 ** (-4 * k / dim) for k in range(dim // 4)]
     for b in range(n):
-        tokens = torch.stack([x[b, :, i * p : i * p + p, j * p : j * p + p].permute(1, 2, 0).flatten() for i, j in cells])
+        patches = [x[b, :, i * p : i * p + p, j * p : j * p + p] for i, j in cells]
+        tokens = torch.stack([patch.permute(1, 2, 0).flatten() for patch in patches])
         table = [[f(a * q) for f in (math.sin, math.cos) for a in cell for q in freqs] for cell in cells]
         h = linear("embed", tokens) + torch.tensor(table)
         angles = [1000 * t[b].item() * 10_000 ** (-k / 128) for k in range(128)]
@@ -445,23 +466,14 @@ def test_patchify_and_unpatchify_invert_each_other(p):
     assert torch.equal(scflow.patchify(scflow.unpatchify(tokens, p, 8, 12), p), tokens)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: scflow.patchify(torch.randn(1, 2, 5, 4), 2),
-        lambda: scflow.patchify(torch.randn(1, 2, 4, 6), 4),
-        lambda: scflow.unpatchify(torch.randn(1, 6, 8), 2, 4, 4),
-        lambda: scflow.unpatchify(torch.randn(1, 4, 7), 2, 4, 4),
-        lambda: scflow.unpatchify(torch.randn(1, 3, 16), 4, 6, 8),
-        lambda: DiT((1, 6, 5), 2, dim=16, depth=1, heads=2),
-        lambda: DiT((1, 4, 4), 2, dim=16, depth=1, heads=3),
-    ],
-)
-def test_what_does_not_divide_is_refused(make):
+def test_what_does_not_divide_is_refused():
     """Sizes that do not divide are a one-line ValueError, not a wrong shape or another library's error."""
-    with pytest.raises(ValueError) as error:
-        make()
-    assert "\n" not in str(error.value)
+    for shape, p in (((1, 2, 5, 4), 2), ((1, 2, 4, 6), 4)):
+        refused(scflow.patchify, torch.randn(shape), p)
+    for shape, p, h, w in (((1, 6, 8), 2, 4, 4), ((1, 4, 7), 2, 4, 4), ((1, 3, 16), 4, 6, 8), ((1, 2, 4), 2, 1, 8)):
+        refused(scflow.unpatchify, torch.randn(shape), p, h, w)
+    for shape, heads in (((1, 6, 5), 2), ((1, 4, 4), 3)):
+        refused(DiT, shape, 2, dim=16, depth=1, heads=heads)
 
 
 @pytest.mark.parametrize(
@@ -521,3 +533,696 @@ def test_one_batch_is_learned_by_heart(name):
         losses.append(loss.item())
     assert losses[-1] < 0.01 * losses[0]
     assert not any(torch.equal(p, start[k]) for k, p in net.named_parameters())  # no parameter is dead
+
+
+# ═══ 6. Losses ══════════════════════════════════════════════════════════════════════════════
+
+
+def losses_of(nets, n, t, the_phase, seed=0):
+    """`distill_losses` on a draw with every time equal to t."""
+    x0, x1, t, _ = draw(n, seed, t, t)
+    return distill_losses(SimpleNamespace(**nets), x0, x1, t, the_phase, the_phase.weights(0), gen(seed))
+
+
+def reference_losses(nets, x0, x1, t, p, generator):
+    """DESIGN section 3 written down again: one pass per symbol, every constant detached by hand."""
+
+    def f(net, x, t):
+        return x - t[:, None] * net(x, t)
+
+    s = t - torch.rand(len(t), generator=generator) * t.clamp(max=p.delta)
+    u = t + torch.rand(len(t), generator=generator) * (1 - t).clamp(max=p.delta)
+    xt = (1 - t[:, None]) * x0 + t[:, None] * x1
+    v = nets.teacher(xt, t).detach()
+    at_s, at_u = (f(nets.target, xt + (r - t)[:, None] * v, r).detach() for r in (s, u))
+    truncated = torch.stack([x0[i] if s[i] < p.tau else at_s[i] for i in range(len(s))])
+    distance = {"squared": lambda d: (d * d).mean(), "huber": lambda d: ((d * d + 1e-4).sqrt() - 0.01).mean()}
+    d, one = distance[p.distance], torch.ones_like(t)
+    x0_hat = f(nets.student, x1, one)
+    fixed = (x0_hat if p.self_source == "student" else f(nets.source, x1, one)).detach()
+    xt_hat = (1 - t[:, None]) * fixed + t[:, None] * x1
+    rest = f(nets.student, xt_hat, t) - fixed
+    if p.self_form == "velocity":
+        rest = nets.student(xt_hat, t) - (x1 - fixed)
+    if p.self_source != "student" and p.at_one > 0 and p.lambda_self > 0:
+        x0_hat = x0_hat[: round(p.at_one * len(t))]  # the pinned rows serve the critic
+    logits = nets.disc(x0_hat)
+    adv = -logits.mean() if p.adversarial == "hinge" else (1 + (-logits).exp()).log().mean()
+    f_t = f(nets.student, xt, t)
+    losses = {"consistency": d(f_t - truncated), "bi": d(f_t - at_u), "self": (rest * rest).mean(), "adv": adv}
+    return {k: v for k, v in losses.items() if getattr(p, f"lambda_{k}") > 0}, x0_hat
+
+
+VARIANTS = {
+    "all, huber": dict(ALL_FOUR, distance="huber"),
+    "all, velocity form, softplus": dict(ALL_FOUR, self_form="velocity", adversarial="softplus"),
+    "all, EMA source": dict(ALL_FOUR, self_source="ema"),
+    "all, frozen source, pinned rows": dict(ALL_FOUR, self_source="frozen", at_one=0.25),
+    "self": dict(lambda_self=1.0),
+    "self and adv": dict(lambda_self=1.0, lambda_adv=1.0, at_one=0.25),
+    "self and adv, shared": dict(
+        lambda_self=1.0, lambda_adv=1.0, self_source="frozen", self_form="velocity", at_one=0.25
+    ),
+    "consistency and self": dict(lambda_consistency=1.0, lambda_self=1.0),
+    "bi": dict(lambda_bi=1.0),
+    "adv": dict(lambda_adv=1.0),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_their_gradients_equal_a_hand_written_reference(variant):
+    """Values and student gradients to 1e-9 (rounding); x̂₀ is a constant of 'self', and constants get no gradient."""
+    p = phase(**VARIANTS[variant])
+    nets = SimpleNamespace(teacher=mlp(2), student=mlp(3), target=mlp(4), source=mlp(5), disc=critic())
+    if p.self_source == "student":
+        nets.source = nets.student
+    x0, x1, t, _ = draw(32)
+    t[: round(p.at_one * 32)] = 1.0
+    losses, fake = distill_losses(nets, x0, x1, t, p, p.weights(0), gen(7))
+    expected, expected_fake = reference_losses(nets, x0, x1, t, p, gen(7))
+    assert losses.keys() == expected.keys()
+    parameters = list(nets.student.parameters())
+    for name, loss in losses.items():
+        assert torch.allclose(loss, expected[name], rtol=1e-9), name
+        ours, theirs = (torch.autograd.grad(v, parameters, retain_graph=True) for v in (loss, expected[name]))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(ours, theirs)), name
+        assert max(g.abs().max() for g in ours) > 1e-4, name
+    assert fake is None if p.lambda_adv == 0 else torch.allclose(fake, expected_fake, rtol=1e-9)
+    sum(losses.values()).backward()
+    fixed = [nets.teacher, nets.target] + [nets.source] * (nets.source is not nets.student)
+    assert all(q.grad is None for net in fixed for q in net.parameters())
+
+
+@pytest.mark.parametrize("where", ["target", "x_t"])
+def test_self_correction_sends_no_gradient_through_its_sample(where):
+    """With x̂₀ from a network whose only parameter is a shift, neither the target nor x̂_t passes it a gradient."""
+    shift = nn.Parameter(torch.zeros(2))
+    slope = {"target": 0.0, "x_t": 1.0}[where]  # a student that ignores x leaves the target as the only way
+
+    def student(x, t, cond):
+        return slope * x - shift * (t == 1)[:, None]  # the shift acts at t = 1 only: that is, on x̂₀
+
+    losses, _ = losses_of(dict(student=student, source=student), 16, 0.5, phase(lambda_self=1.0))
+    assert not losses["self"].requires_grad or torch.autograd.grad(losses["self"], shift)[0].abs().max() == 0
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["consistency", "bi"])
+def test_consistency_residual_falls_by_four_when_the_window_halves(name):
+    """At the exact map the residual norm of one Euler teacher step is O(δ²): ratio 4 within 10% at δ = 0.02, 0.01."""
+    exact = Gaussian([0.7, -1.2], 0.4)
+    nets, kind = dict(teacher=exact.mixture, student=exact, target=exact), {f"lambda_{name}": 1.0}
+    residual = [losses_of(nets, 1000, 0.6, phase(**kind, delta=d, tau=0.0))[0][name].sqrt() for d in (0.02, 0.01)]
+    assert 0 < residual[1] and abs(residual[0] / residual[1] - 4) < 0.4
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("std", [0.15, 1.7])
+def test_self_correction_of_the_exact_map_is_its_closed_form(std, t):
+    """The loss is s²(((1−t)s+t)/σ_t − 1)² · mean x₁² exactly (1e-9), with mean x₁² → 1; the velocity form is it/t²."""
+    exact, (_, x1, _, _) = Gaussian([0.7, -1.2], std), draw(2000, 0, t, t)
+    sigma = math.sqrt(((1 - t) * std) ** 2 + t**2)
+    expected = std**2 * (((1 - t) * std + t) / sigma - 1) ** 2 * x1.square().mean()
+    assert abs(x1.square().mean() - 1) < 4 * math.sqrt(2 / x1.numel())  # so that the loss has the stated expectation
+    for form, factor in (("x0", 1), ("velocity", t**-2)):
+        losses, _ = losses_of(dict(student=exact), 2000, t, phase(lambda_self=1.0, self_form=form))
+        assert torch.allclose(losses["self"], factor * expected, rtol=1e-9)
+
+
+def test_truncation_makes_the_posterior_mean_the_optimum():
+    """At f = x − t·v* the squared loss's gradient has mean zero on h where s < τ (|z| < 4), and is f − f_s elsewhere.
+
+    The mixture is skewed, so the median or any symmetric point would fail: moving f by 0.05 gives |z| > 10.
+    """
+    n, tau = 100_000, 0.4
+    x0, _, t, xt = draw(n, low=0.05)
+    s = t - torch.rand(n, generator=gen(1)) * t.clamp(max=0.3)
+    a, b = xt.T
+    h = torch.stack([torch.ones_like(a), a, b, (3 * a).sin(), a * b, t], 1)[..., None]
+    for shift in (0.0, 0.05):
+        f_t = (predict_x0(skewed(), xt, t) + shift).requires_grad_()
+        f_s = torch.full_like(f_t, 7.0)
+        loss = scflow.truncated_consistency_loss(f_t, f_s, x0, s, tau, scflow.squared)
+        (grad,) = torch.autograd.grad(loss, f_t)
+        grad = grad * f_t.numel() / 2
+        assert torch.allclose(grad[s >= tau], (f_t - f_s)[s >= tau], atol=1e-4)
+        z = z_scores((grad[:, None] * h)[s < tau]).abs().max()
+        assert z < 4 if shift == 0 else z > 10
+
+
+@pytest.mark.parametrize("gap", [0.5, 1.0, 3.0])
+def test_hinge_loss_of_the_sign_critic_measures_total_variation(gap):
+    """For N(0,1) and N(μ,1) it is 2(1−TV), TV = erf(μ/√8), within 4 standard errors; other critics do worse."""
+    n, tv = 200_000, math.erf(gap / math.sqrt(8))
+    p, q = torch.randn(n, generator=gen(0)), torch.randn(n, generator=gen(1)) + gap
+    loss = scflow.discriminator_loss((gap / 2 - p).sign(), (gap / 2 - q).sign())
+    error = 2 * math.sqrt((1 - tv**2) / 2 / n)  # two means of 2·Bernoulli((1−TV)/2)
+    assert abs(loss - 2 * (1 - tv)) < 4 * error
+    for worse in (lambda x: 0.7 * (gap / 2 - x).sign(), lambda x: (gap / 2 + 0.3 - x).sign(), lambda x: 0 * x):
+        assert scflow.discriminator_loss(worse(p), worse(q)) > loss
+
+
+def test_r1_is_taken_on_the_data():
+    """For D = a/2·‖x‖² it is γ/2·a²·E‖x₀‖²·every (1e-5), far from its value on fakes, with derivative a·γ·E‖x₀‖²."""
+    a = torch.tensor(3.0, requires_grad=True)
+    disc, gamma = (lambda x, cond=None: a / 2 * x.square().sum(1)), 0.5
+    real, fake = torch.randn(64, 2) + 5, torch.randn(64, 2)
+    norm = real.square().sum(1).mean()
+    for every in (1, 4):
+        p = phase(lambda_adv=1.0, adversarial="softplus", r1=gamma, r1_every=every)
+        r1 = scflow.disc_losses(disc, real, fake, p)["r1"]
+        assert torch.allclose(r1, gamma / 2 * 9 * norm * every, rtol=1e-5)
+        assert torch.allclose(torch.autograd.grad(r1, a)[0], 3 * gamma * norm * every, rtol=1e-5)
+    assert "r1" not in scflow.disc_losses(disc, real, fake, p, penalise=False)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("at", [0.0, 1.0])
+@pytest.mark.parametrize("form, source", [("x0", "student"), ("velocity", "student"), ("x0", "ema"), ("x0", "frozen")])
+def test_edges_of_time_and_batches_of_one(n, at, form, source):
+    """All losses and gradients are finite at t = 0 and t = 1, for one row too, with huber's root and the critic's."""
+    p = phase(**ALL_FOUR, distance="huber", self_form=form, self_source=source, r1=1.0)
+    nets = dict(teacher=mlp(2), student=mlp(3), target=mlp(4), source=mlp(5), disc=critic())
+    losses, fake = losses_of(nets, n, at, p)
+    losses |= scflow.disc_losses(nets["disc"], torch.randn(n, 2), fake, p)
+    assert len(losses) == 6 and all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    for net in (nets["student"], nets["disc"]):
+        assert all(q.grad.isfinite().all() for q in net.parameters() if q.grad is not None)
+
+
+@pytest.mark.parametrize("on", [c for r in (1, 2, 3, 4) for c in itertools.combinations(scflow.LOSSES, r)])
+@pytest.mark.parametrize("source, at_one", [("student", 0.0), ("student", 0.25), ("ema", 0.25), ("frozen", 0.0)])
+def test_a_loss_of_weight_zero_costs_nothing(on, source, at_one):
+    """Rows per network are DESIGN section 3's, exactly: in calls, in rows, and in rows that keep a graph."""
+    n, pinned = 8, round(8 * at_one)
+    p = phase(**{f"lambda_{k}": 1.0 for k in on}, self_source=source, at_one=at_one)
+    nets = {k: Counted(critic() if k == "disc" else mlp()) for k in ("teacher", "student", "target", "source", "disc")}
+    follow = len({"consistency", "bi"} & set(on))
+    own, adv, corr = source == "student", "adv" in on, "self" in on
+    shared = adv and corr and not own and pinned > 0  # the critic takes the pinned rows of the self-correction pass
+    one_step = adv and not shared or corr and own
+    losses_of(nets, n, 0.5, p)
+    assert nets["teacher"].rows == n * (follow > 0)
+    assert nets["target"].rows == n * follow and nets["target"].calls == (follow > 0)
+    assert nets["source"].rows == n * (corr and not own)
+    assert nets["student"].rows == n * ((follow > 0) + one_step + corr)
+    assert nets["student"].grad_rows == n * ((follow > 0) + (adv and not shared) + corr)
+    merged = follow > 0 and one_step and adv
+    assert nets["student"].calls == (follow > 0) + one_step + corr - merged
+    assert nets["disc"].rows == (pinned if shared else n) * adv
+    assert all(nets[k].grad_rows == 0 for k in ("teacher", "target", "source"))
+
+
+# ═══ 7. Averages of the weights ═════════════════════════════════════════════════════════════
+
+
+def averaged_pair():
+    """Two networks with a float buffer and an integer one, at very different scales."""
+    pair = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+    for seed, factor, net in zip((1, 2), (1e8, 1e-8), pair):
+        scramble(net.requires_grad_(False), seed)
+        net[0].weight.mul_(factor)
+        net(torch.randn(5, 3))  # moves the buffers
+    pair[1](torch.randn(5, 3))
+    return pair
+
+
+def test_average_at_decay_zero_and_one():
+    """Decay 0 is bitwise the network, 1 bitwise unchanged, buffers included, floats and integers."""
+    average, net = averaged_pair()
+    before = weights_of(average)
+    assert not any(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    scflow.ema_update(average, net, 1.0)
+    assert same(average.state_dict(), before)
+    scflow.ema_update(average, net, 0.0)
+    assert same(average.state_dict(), net.state_dict())
+
+
+def test_average_between():
+    """average ← 0.9·average + 0.1·net for floats (1e-6 relative), integers are copied, the network is untouched."""
+    average, net = averaged_pair()
+    before, theirs = weights_of(average), weights_of(net)
+    scflow.ema_update(average, net, 0.9)
+    for k, v in average.state_dict().items():
+        expected = 0.9 * before[k] + 0.1 * theirs[k] if v.is_floating_point() else theirs[k]
+        assert torch.allclose(v, expected, rtol=1e-6, atol=1e-7), k
+    assert same(net.state_dict(), theirs)
+
+
+def test_growing_decay():
+    """The sampling average forgets its start: decay 0 at first, then growing, and never above its setting."""
+    decays = [scflow.growing(step, 0.99) for step in (0, 10, 100, 1000, 10**6)]
+    assert decays[0] == 0 and decays == sorted(decays) and decays[1] > 0 and decays[-1] == 0.99
+
+
+# ═══ 8. Training loops ══════════════════════════════════════════════════════════════════════
+
+PARTS = ("student", "target", "ema", "frozen", "disc", "opt", "opt_disc")
+TWO_PHASES = (
+    phase(**ALL_FOUR, steps=3, r1=0.5),
+    phase(lambda_self=1.0, lambda_adv=0.1, steps=3, self_source="frozen", self_form="velocity", at_one=0.25, ema=0.5),
+)
+
+
+def run_distill(schedule, seed=0, **options):
+    return distill(mlp(2), critic(), batch, gen(seed), schedule, **options)
+
+
+def take(runs, n=None):
+    """The State after n more updates, or at the end: one object, which the loop keeps up to date."""
+    return list(itertools.islice(runs, n))[-1]
+
+
+def follow_rate(opt, theirs):
+    """Take learning rate and betas of another optimiser: the schedule has a test of its own."""
+    opt.param_groups[0].update({k: theirs.param_groups[0][k] for k in ("lr", "betas")})
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("adversarial, r1_every, at_one", [("hinge", 1, 0.0), ("softplus", 2, 0.25)])
+def test_three_updates_equal_a_hand_written_loop(adversarial, r1_every, at_one):
+    """Student, target (0.9 old + 0.1 new), average and critic after three updates of a plain loop, to 1e-8."""
+    p = phase(**ALL_FOUR, adversarial=adversarial, r1=0.5, r1_every=r1_every, at_one=at_one, steps=5)
+    teacher, student, target, ema, disc = mlp(2), mlp(2), mlp(2), mlp(2), critic()
+    opt, opt_disc = (torch.optim.AdamW(net.parameters(), weight_decay=0) for net in (student, disc))
+    nets, g = SimpleNamespace(teacher=teacher, student=student, target=target, disc=disc), gen(5)
+    for i, run in enumerate(itertools.islice(run_distill((p,), seed=5), 3)):
+        follow_rate(opt, run.opt)
+        follow_rate(opt_disc, run.opt_disc)
+        x0, _ = batch(p.batch, g)
+        x1, t = torch.randn(x0.shape, generator=g), torch.rand(p.batch, generator=g)
+        t[: round(p.at_one * p.batch)] = 1
+        losses, fake = reference_losses(nets, x0, x1, t, p, g)
+        opt.zero_grad()
+        (losses["consistency"] + 0.3 * losses["adv"] + 0.7 * losses["self"] + 0.5 * losses["bi"]).backward()
+        opt.step()
+        with torch.no_grad():
+            for average, decay in ((target, p.target_ema), (ema, scflow.growing(i, p.ema))):
+                for a, b in zip(average.parameters(), student.parameters()):
+                    a.copy_(decay * a + (1 - decay) * b)
+        real = x0.clone().requires_grad_()
+        logits = disc(real), disc(fake.detach())
+        if adversarial == "hinge":
+            loss = (1 - logits[0]).relu().mean() + (1 + logits[1]).relu().mean()
+        else:
+            loss = (1 + (-logits[0]).exp()).log().mean() + (1 + logits[1].exp()).log().mean()
+        if i % r1_every == 0:
+            (grad,) = torch.autograd.grad(logits[0].sum(), real, create_graph=True)
+            loss = loss + p.r1 / 2 * grad.square().sum(1).mean() * r1_every
+        opt_disc.zero_grad()
+        loss.backward()
+        opt_disc.step()
+    for name, net in dict(student=student, target=target, ema=ema, disc=disc).items():
+        for a, b in zip(getattr(run, name).parameters(), net.parameters()):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-9), name
+
+
+def test_each_optimiser_moves_its_own_network():
+    """The student's step changes no bit of the critic or its gradients, nor the critic's step those of the student."""
+    p = phase(**ALL_FOUR, steps=4)
+    run, seen = next(run_distill((p,))), []
+
+    def snapshot():
+        nets = {"student": run.student, "disc": run.disc, "teacher": run.teacher}
+        return {k: (weights_of(n), [copy.deepcopy(q.grad) for q in n.parameters()]) for k, n in nets.items()}
+
+    def watch(opt, name):
+        step = opt.step
+        zeroed = opt.zero_grad
+
+        def watched():
+            before = snapshot()
+            step()
+            after = snapshot()
+            seen.append((name, {k for k in before if not same(before[k][0], after[k][0])}, after))
+
+        opt.step, opt.zero_grad = watched, zeroed
+
+    watch(run.opt, "student")
+    watch(run.opt_disc, "disc")
+    for net in (run.student, run.disc):
+        net.zero_grad()
+    for i in (1, 2):
+        scflow.distill_step(run, p, i, batch)
+    assert [(name, moved) for name, moved, _ in seen] == [("student", {"student"}), ("disc", {"disc"})] * 2
+    for (_, _, one), (_, _, two) in (seen[0:2], seen[2:4]):
+        assert same(one["student"][1], two["student"][1])  # the critic's backward pass left these alone
+    assert all(g is None or g.abs().max() == 0 for g in seen[0][2]["disc"][1])
+    assert same(seen[1][2]["disc"][1], seen[2][2]["disc"][1])  # and the student's left those alone
+    assert same(snapshot()["student"][0], seen[2][2]["student"][0])  # nothing moved the student after its own step
+
+
+def test_the_teacher_is_a_frozen_copy():
+    """No update changes a bit of the teacher in use, its weights ask for no gradient, and the caller's is untouched."""
+    teacher, start = mlp(2), weights_of(mlp(2))
+    run = take(distill(teacher, critic(), batch, gen(), TWO_PHASES))
+    assert same(run.teacher.state_dict(), start) and same(teacher.state_dict(), start)
+    frozen = (run.teacher, run.target, run.ema, run.frozen)
+    assert not any(q.requires_grad for net in frozen for q in net.parameters())
+    assert all(q.requires_grad for net in (teacher, run.student) for q in net.parameters())
+    assert not same(run.student.state_dict(), start) and run.teacher is not teacher
+
+
+def test_warm_up_is_a_weight_that_starts_late():
+    """Each loss appears at its own step, not before; without adv the critic does not move by a bit."""
+    p = phase(**ALL_FOUR, warmup_adv=2, warmup_self=1, warmup_bi=3, steps=4)
+    names, critics = [], []
+    for run in run_distill((p,)):
+        names.append(set(run.losses))
+        critics.append(weights_of(run.disc))
+    assert names[0] == {"consistency"} and names[1] == {"consistency", "self"}
+    assert names[2] == {"consistency", "self", "adv", "disc"} and names[3] == names[2] | {"bi"}
+    assert same(critics[1], critic().state_dict()) and not same(critics[2], critics[1])
+
+
+def test_r1_comes_every_so_many_updates():
+    """With r1_every = 3 the penalty is paid at updates 0, 3 and 6 of a phase."""
+    p = phase(lambda_adv=1.0, adversarial="softplus", r1=1.0, r1_every=3, steps=7)
+    assert ["r1" in run.losses for run in run_distill((p,))] == [i % 3 == 0 for i in range(7)]
+
+
+@pytest.mark.parametrize("source", ["frozen", "ema"])
+def test_the_second_phase_takes_over_the_average(source):
+    """Student and target start phase 2 at the average (lr 1e-12 moves it < 1e-8); 'frozen' stays there bitwise."""
+    second = phase(lambda_self=1.0, lr=1e-12, self_source=source, steps=3, target_ema=0.5, ema=0.5)
+    runs = run_distill((phase(**ALL_FOUR, steps=30, ema=0.99), second))
+    run = take(runs, 30)
+    average, student = weights_of(run.ema), weights_of(run.student)
+    assert max((average[k] - student[k]).abs().max() for k in average) > 1e-5
+    sources = []
+    for run in runs:
+        for net in (run.student, run.target):
+            assert max((average[k] - v).abs().max() for k, v in net.state_dict().items()) < 1e-8
+        assert same(run.frozen.state_dict(), average)
+        sources.append(run.source)
+    assert len(sources) == 3 and all(net is getattr(run, source) for net in sources)
+
+
+def test_the_ema_source_moves_and_the_frozen_one_does_not():
+    """Through a phase with an ordinary learning rate 'ema' changes at every step and 'frozen' by no bit."""
+    for source, count in (("ema", 3), ("frozen", 1)):
+        runs = run_distill((TWO_PHASES[0], phase(lambda_self=1.0, steps=3, self_source=source, ema=0.5)))
+        states = [weights_of(run.source) for run in runs][3:]
+        assert len({str([v.tolist() for v in s.values()]) for s in states}) == count
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("with_oracle", [False, True])
+def test_the_teacher_regresses_on_the_velocity(with_oracle):
+    """Three updates equal a hand-written loop on x₁ − x₀, or on the oracle, to 1e-9."""
+    settings, oracle = TeacherSettings(4, 32, 1e-2), skewed() if with_oracle else None
+    net, g = mlp(2), gen(3)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0)
+    for run in itertools.islice(train_teacher(mlp(2), batch, gen(3), settings, oracle), 3):
+        follow_rate(opt, run.opt)
+        x0 = batch(32, g)[0]
+        x1, t = torch.randn(32, 2, generator=g), torch.rand(32, generator=g)
+        xt = (1 - t[:, None]) * x0 + t[:, None] * x1
+        loss = (net(xt, t) - (skewed()(xt, t) if with_oracle else x1 - x0)).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert abs(run.losses["flow"] - loss.item()) < 1e-9
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(run.net.parameters(), net.parameters()))
+
+
+def test_learning_rates():
+    """The student's rate comes within 20% of its phase's lr and ends below 1% of it; the critic's is constant."""
+    kind = dict(lambda_adv=1.0, batch=4, steps=200, lr_disc=0.3)
+    rates = [
+        (run.opt.param_groups[0]["lr"], run.opt_disc.param_groups[0]["lr"])
+        for run in run_distill((phase(**kind, lr=1e-3), phase(**kind, lr=5e-3)))
+    ]
+    assert all(disc == 0.3 for _, disc in rates)
+    for part, lr in ((rates[:200], 1e-3), (rates[200:], 5e-3)):
+        assert 0.8 * lr < max(part)[0] <= lr and 0 <= part[-1][0] < 0.01 * lr
+
+
+def spoiled(n_good):
+    """A batch function whose rows are NaN after so many calls."""
+    calls = itertools.count()
+    return lambda n, g: (batch(n, g)[0] * (1.0 if next(calls) < n_good else math.nan), None)
+
+
+@pytest.mark.parametrize("loss, weights", [("consistency", ALL_FOUR), ("disc", dict(lambda_adv=1.0))])
+def test_a_loss_that_is_not_finite_stops_distillation(loss, weights):
+    """NaN rows in the third batch: FloatingPointError names the loss and step 3, and every network stays finite."""
+    runs = distill(mlp(2), critic(), spoiled(2), gen(), (phase(**weights),))
+    run = next(runs)
+    with pytest.raises(FloatingPointError, match=rf"{loss} loss .*step 3"):
+        take(runs)
+    assert run.step == 2 and all(finite(getattr(run, k)) for k in PARTS[:5])
+
+
+def test_a_loss_that_is_not_finite_stops_the_teacher():
+    """The same for the teacher: its loss is called flow, and the weights of step 2 are kept."""
+    runs = train_teacher(mlp(), spoiled(2), gen(), TeacherSettings(5, 16, 1e-2))
+    run = next(runs)
+    with pytest.raises(FloatingPointError, match="flow loss .*step 3"):
+        take(runs)
+    assert run.step == 2 and finite(run.net) and finite(run.ema)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 5])
+def test_distillation_resumes_bit_for_bit(stop, tmp_path):
+    """Stopped in a phase or between two, saved, and taken up by fresh objects: every part ends bitwise equal."""
+    whole = take(run_distill(TWO_PHASES))
+    run = take(run_distill(TWO_PHASES), stop)
+    scflow.save(tmp_path / "run.pt", run.ema, state=run.state_dict())
+    saved = scflow.read(tmp_path / "run.pt")["state"]
+    assert set(PARTS) <= saved["parts"].keys()
+    assert same(saved["parts"]["target"], run.target.state_dict())
+    resumed = take(distill(mlp(2), critic(77), batch, gen(99), TWO_PHASES, student=mlp(55), resume=saved))
+    assert resumed.step == whole.step == 6 and resumed.losses == whole.losses
+    for name in PARTS:
+        assert same(getattr(resumed, name).state_dict(), getattr(whole, name).state_dict()), name
+    assert torch.equal(resumed.generator.get_state(), whole.generator.get_state())
+
+
+def test_the_teacher_resumes_bit_for_bit(tmp_path):
+    """The same for the teacher: network, average, optimiser and generator."""
+    settings = TeacherSettings(6, 32, 1e-2)
+    whole = take(train_teacher(mlp(2), batch, gen(), settings))
+    run = take(train_teacher(mlp(2), batch, gen(), settings), 3)
+    scflow.save(tmp_path / "run.pt", run.ema, state=run.state_dict())
+    saved = scflow.read(tmp_path / "run.pt")["state"]
+    resumed = take(train_teacher(mlp(55), batch, gen(99), settings, resume=saved))
+    for name in ("net", "ema", "opt"):
+        assert same(getattr(resumed, name).state_dict(), getattr(whole, name).state_dict()), name
+    assert torch.equal(resumed.generator.get_state(), whole.generator.get_state())
+
+
+def test_a_run_repeats_itself():
+    """The same seeds give the same run bitwise, another seed of the generator another one."""
+    one, two, other = (take(run_distill(TWO_PHASES, seed)).ema.state_dict() for seed in (0, 0, 1))
+    assert same(one, two) and not same(one, other)
+
+
+def test_gradient_norms_are_those_of_the_weighted_losses():
+    """norms_every reports ‖λ∇L‖ per loss at its steps (1e-5), and measuring changes no bit of the run."""
+    plain, measured = take(run_distill(TWO_PHASES)), take(run_distill(TWO_PHASES, norms_every=2))
+    assert same(plain.student.state_dict(), measured.student.state_dict())
+    assert measured.grad_norms.keys() == {"self", "adv"} and not plain.grad_norms
+    net = mlp()
+    norm = scflow.grad_norm(3 * sum(q.square().sum() for q in net.parameters()) / 2, net)
+    assert abs(norm / (3 * sum(q.square().sum() for q in net.parameters()).sqrt()) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 4, 10)])
+def test_latents_of_any_shape_are_distilled(shape):
+    """A DiT and a convolutional critic run both phases on (C,H,W): losses finite, every network moved, shapes kept."""
+    net, disc = DiT(shape, 2, dim=16, depth=1, heads=2), LatentDiscriminator(shape, width=8)
+    start = weights_of(disc)
+    latents = lambda n, g: (torch.randn(n, *shape, generator=g), None)  # noqa: E731
+    run = take(distill(scramble(net), disc, latents, gen(), TWO_PHASES))
+    assert run.step == 6 and all(math.isfinite(v) for v in run.losses.values())
+    assert finite(run.student) and not same(disc.state_dict(), start)
+    assert sample(run.ema, torch.randn(3, *shape), 2).shape == (3, *shape)
+
+
+@pytest.mark.parametrize("seed", [100, 101, 102])
+def test_one_student_step_beats_one_teacher_step_twentyfold(seed):
+    """Energy distance on eight Gaussians after a short run: 20 times smaller at least (hundreds after a full one)."""
+    torch.manual_seed(seed)
+    angles = torch.arange(8) * math.pi / 4
+    ring = GaussianMixture(2 * torch.stack([angles.cos(), angles.sin()], 1), 0.15)
+    g = gen(seed)
+    draw_ring = lambda n, g: (ring.sample(n, g)[0], None)  # noqa: E731
+    teacher = take(train_teacher(MLP(2, width=64, depth=3), draw_ring, g, TeacherSettings(400, 256, 4e-3))).ema
+    short = phase(**ALL_FOUR, steps=400, batch=256, lr=2e-3, lr_disc=1e-3, tau=0.0, distance="huber")
+    disc, short = PointDiscriminator(2, width=64, depth=2), (scflow.replace(short, lambda_self=0.0),)
+    student = take(distill(teacher, disc, draw_ring, g, short)).ema
+    measure, noise = EnergyDistance(*ring.sample(2000, g, stratified=True)), torch.randn(2000, 2, generator=g)
+    assert measure(sample(teacher, noise)) > 20 * max(measure(sample(student, noise)), 1e-3)
+
+
+# ═══ 9. Checkpoints ═════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("make", [mlp, dit, critic, skewed, lambda: scramble(LatentDiscriminator((2, 4, 4), width=8))])
+def test_a_saved_network_comes_back(make, tmp_path):
+    """load() rebuilds any network of the module from the file alone: weights bitwise, eval mode, no gradients."""
+    net, path = make(), tmp_path / "net.pt"
+    scflow.save(path, net, note={"seed": 3})
+    back = scflow.load(path)
+    assert type(back) is type(net) and same(back.state_dict(), net.state_dict())
+    assert not back.training and not any(q.requires_grad for q in back.parameters())
+    assert scflow.read(path)["note"] == {"seed": 3}
+    assert scflow.read(path)["weights"].keys() == net.state_dict().keys()
+    assert not any(part in key for key in scflow.read(path)["weights"] for part in ("_orig_mod.", "module."))
+    if not isinstance(net, PointDiscriminator | LatentDiscriminator):
+        noise = torch.randn(4, *getattr(net, "shape", (2,)), generator=gen())
+        assert torch.equal(sample(back, noise, steps=1), sample(net, noise, steps=1))
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_save_keeps_the_old_checkpoint(error, tmp_path, monkeypatch):
+    """When writing stops half-way the old file is whole, and no temporary file is left."""
+    path, net = tmp_path / "net.pt", mlp(1)
+    scflow.save(path, net)
+
+    def broken(content, file):
+        file.write(b"PK\x03\x04 half a file")
+        raise error
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(type(error)):
+        scflow.save(path, mlp(2))
+    assert same(scflow.load(path).state_dict(), net.state_dict())
+    assert os.listdir(tmp_path) == ["net.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+def test_a_killed_save_keeps_the_old_checkpoint(tmp_path):
+    """SIGKILL in the middle of the second save leaves the first one loadable, and a third one goes through."""
+    path = tmp_path / "net.pt"
+    program = f"""if True:
+        import os, signal, torch, scflow
+        scflow.save({str(path)!r}, scflow.MLP(2, width=16, depth=2), step=1)
+        def half(content, file):
+            file.write(b"PK half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = half
+        scflow.save({str(path)!r}, scflow.MLP(2, width=16, depth=2), step=2)
+    """
+    here = os.path.dirname(os.path.abspath(scflow.__file__))
+    done = subprocess.run([sys.executable, "-c", program], cwd=here, timeout=60)
+    assert done.returncode == -9
+    assert scflow.read(path)["step"] == 1 and isinstance(scflow.load(path), MLP)
+    scflow.save(path, mlp(), step=3)
+    assert scflow.read(path)["step"] == 3
+
+
+class Attack:
+    """Code that would run when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(share, tmp_path):
+    """A file cut anywhere is a one-line ValueError."""
+    path = tmp_path / "net.pt"
+    scflow.save(path, mlp())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    refused(scflow.load, path)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    """Random bytes, text, other torch files, a folder, nothing: a one-line ValueError; pickled code does not run."""
+    path, marker, g = tmp_path / "net.pt", tmp_path / "ran", gen()
+    refused(scflow.load, path)
+    refused(scflow.load, tmp_path)
+    contents = [bytes(torch.randint(256, (n,), generator=g).tolist()) for n in (1, 2, 3, 10, 100, 1000) * 20]
+    contents += [b"hello\n", b"PK\x03\x04 no zip", pickle.dumps([1, 2]), pickle.dumps(Attack(marker)), b"\x80\x02."]
+    for content in contents:
+        path.write_bytes(content)
+        refused(scflow.load, path)
+    for thing in ([1, 2], mlp().state_dict(), mlp(), torch.ones(3), Attack(marker), {"format": "other"}):
+        torch.save(thing, path)
+        refused(scflow.load, path)
+    assert not marker.exists()
+
+
+def test_another_architecture_is_refused(tmp_path):
+    """Weights for other sizes, an unknown class or none at all: a one-line ValueError, not torch's list of keys."""
+    path, net = tmp_path / "net.pt", mlp()
+    scflow.save(path, net)
+    refused(scflow.load, path, MLP(2, width=8, depth=2))
+    refused(scflow.load, path, dit())
+    for arch in (None, {"name": "Unknown"}, {**net.arch, "width": 8}, {**net.arch, "colour": 1}):
+        net.arch = arch
+        scflow.save(path, net)
+        refused(scflow.load, path)
+
+
+# ═══ 10. Measures ═══════════════════════════════════════════════════════════════════════════
+
+
+def test_energy_distance_by_brute_force():
+    """Pairs counted one by one, with and without strata and for chunks of every size, to 1e-5 (float32)."""
+    x, y, k = torch.randn(5, 2), torch.randn(6, 2) + 1, torch.tensor([0, 1, 0, 1, 1, 0])
+
+    def mean(pairs):
+        values = [(a - b).norm().item() for a, b in pairs]
+        return sum(values) / len(values)
+
+    cross, own = mean(itertools.product(x, y)), mean(itertools.permutations(x, 2))
+    assert abs(EnergyDistance(y)(x) - (2 * cross - own - mean(itertools.permutations(y, 2)))) < 1e-5
+    a, b = y[k == 0], y[k == 1]
+    strata = mean(itertools.permutations(a, 2)) / 4 + mean(itertools.permutations(b, 2)) / 4
+    strata += mean(itertools.product(a, b)) / 2
+    assert abs(EnergyDistance(y, k)(x) - (2 * cross - own - strata)) < 1e-5
+    assert all(abs(scflow.mean_distance(x, y, rows=rows) - cross) < 1e-5 for rows in (1, 2, 5, 9))
+    with pytest.raises(ValueError, match="two rows"):
+        EnergyDistance(y, torch.arange(6))
+
+
+def test_energy_distance_is_unbiased():
+    """Over 200 references and samples its mean is 0 (|z| < 4), stratified or not; ignoring the strata it is not."""
+    mixture, g = skewed(), gen()
+    rows = []
+    for _ in range(200):
+        (y, k), (z, _), (x, _) = mixture.sample(60, g, True), mixture.sample(60, g), mixture.sample(60, g)
+        rows.append([EnergyDistance(y, k)(x), EnergyDistance(z)(x), EnergyDistance(y)(x)])
+    stratified, iid, naive = z_scores(torch.tensor(rows)).tolist()
+    assert abs(stratified) < 4 and abs(iid) < 4 and naive < -6
+
+
+def test_noise_floor_and_rms_distance_by_hand():
+    """1, 2, …, 20 have mean 10.5 and n−1 deviation √35; rows of norms 3 and 4 have √12.5: rows, not elements."""
+    mean, std = scflow.noise_floor(float, itertools.count(1).__next__, repeats=20)
+    assert mean == 10.5 and abs(std - math.sqrt(35)) < 1e-12
+    a = torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]]])
+    assert abs(scflow.rms_distance(a, torch.zeros_like(a)) - math.sqrt(12.5)) < 1e-6
+
+
+def test_coverage_and_precision():
+    """A true sample scores 1 and 1 − e^{−9/2}, without a mode 1 − w_k, far away 0, within 4 standard errors."""
+    mixture, n = GaussianMixture([[-3.0, 0.0], [3.0, 0.0], [0.0, 4.0]], 0.2, WEIGHTS), 20_000
+    x, k = mixture.sample(n, gen(), stratified=True)
+    coverage, precision = scflow.coverage_and_precision(x, mixture)
+    inside = 1 - math.exp(-4.5)
+    assert coverage > 0.995 and abs(precision - inside) < 4 * math.sqrt(inside * (1 - inside) / n)
+    coverage, precision = scflow.coverage_and_precision(x[k != 1], mixture)
+    assert abs(coverage - 0.7) < 0.005 and precision > 0.98
+    assert scflow.coverage_and_precision(x + 50, mixture) == (0, 0)
+
+
+def test_sliced_distance_of_a_shift():
+    """A shift Δ in d dimensions reads ‖Δ‖/√d (2% at 20,000 projections), a shuffle 0, sizes must agree."""
+    x, shift = torch.randn(50, 3, generator=gen()), torch.tensor([3.0, 0.0, 4.0])
+    y = (x + shift)[torch.randperm(50, generator=gen())]
+    assert abs(scflow.sliced_w2(x, y, 20_000, gen()) * math.sqrt(3) / 5 - 1) < 0.02
+    assert scflow.sliced_w2(x, x.flip(0), 50, gen()) < 1e-6
+    with pytest.raises(ValueError, match="equal size"):
+        scflow.sliced_w2(x, y[:-1])
