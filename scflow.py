@@ -34,7 +34,7 @@ Three lines of use (`batch(n, generator)` returns data and a condition, or None 
 import copy
 import math
 import os
-import pickle
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -391,7 +391,7 @@ def patchify(x, p):
 
 def unpatchify(tokens, p, h, w):
     """Tokens (B, H/p·W/p, p·p·C) → latents (B,C,H,W), for H = `h` and W = `w`."""
-    if tokens.shape[1] * p * p != h * w or tokens.shape[2] % (p * p):
+    if h % p or w % p or tokens.shape[1] * p * p != h * w or tokens.shape[2] % (p * p):
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not patches of {p} that tile {(h, w)}")
     return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=h // p, p=p, q=p)
 
@@ -481,7 +481,10 @@ NETWORKS = {c.__name__: c for c in (MLP, DiT, GaussianMixture, PointDiscriminato
 def build(arch):
     """A network with fresh weights from its `arch` dictionary (as stored in checkpoints)."""
     require(arch.get("name") in NETWORKS, f"unknown architecture {arch.get('name')!r}; add it to scflow.NETWORKS")
-    return NETWORKS[arch["name"]](**{k: v for k, v in arch.items() if k != "name"})
+    try:
+        return NETWORKS[arch["name"]](**{k: v for k, v in arch.items() if k != "name"})
+    except TypeError as error:
+        raise ValueError(f"the architecture {arch} does not fit scflow.{arch['name']}: {error}") from None
 
 
 # ═══ 6. Losses ══════════════════════════════════════════════════════════════════════════════
@@ -828,10 +831,12 @@ def read(path, device="cpu"):
     """The dictionary `save` wrote. Raises ValueError if the file is missing, damaged or not ours."""
     require(os.path.isfile(path), f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error below says it
+            content = torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # on foreign bytes the unpickler raises nearly anything
         raise ValueError(f"{path} is truncated or not a checkpoint; delete it, or restore a copy") from None
-    known = isinstance(content, dict) and content.get("format") == FORMAT
+    known = isinstance(content, dict) and content.get("format") == FORMAT and {"arch", "weights"} <= content.keys()
     require(known, f"{path} is not a checkpoint of scflow ({FORMAT})")
     return content
 
