@@ -187,8 +187,8 @@ class Run:
     quiet: bool = option(False, "no progress bars and no table")
 
     def __post_init__(self):
-        for name in ("width", "depth", "samples", "save_every"):
-            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for name, least in dict(width=1, depth=1, samples=50, save_every=1).items():
+            require(getattr(self, name) >= least, f"{name} must be at least {least}, not {getattr(self, name)}")
         require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
         try:
             torch.empty(0, device=self.device)
@@ -236,10 +236,11 @@ def configure(argv, description=""):
     schedule = scflow.SCHEDULES[run.preset]
     if len(phase.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
         schedule = scflow.rescale(schedule, phase.pop("steps")[0])
+    n = len(schedule)
     for name, values in phase.items():
-        require(len(values) in (1, len(schedule)), f"{name} takes one value, or one for each of {len(schedule)} phases")
-        values = values * len(schedule) if len(values) == 1 else values
-        schedule = tuple(replace(p, **{name: v}) for p, v in zip(schedule, values))
+        require(len(values) in (1, n), f"{name} takes one value, or one for each of {n} phases, not {len(values)}")
+    changes = [{name: values[i % len(values)] for name, values in phase.items()} for i in range(n)]
+    schedule = tuple(replace(p, **change) for p, change in zip(schedule, changes))
     scflow.check_schedule(schedule)
     return run, teacher, schedule
 
@@ -252,6 +253,14 @@ def write_text(path, text):
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_csv(path, names, rows):
+    """A CSV file of dictionaries, with the columns `names`."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_json(path):
@@ -312,14 +321,6 @@ class Journal:
         """As a checkpoint keeps it."""
         return {"rows": self.rows, "frames": self.frames}
 
-    def write(self, path):
-        """log.csv: losses before their weights, gradient norms after."""
-        names = ["stage", "step", "flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
 
 class Stopped(Exception):
     """Ctrl-C was pressed; the run was saved."""
@@ -361,7 +362,8 @@ def stage(name, run, folder, journal, net, start, total, **extra):
 
     def save(state):
         scflow.save(path, state.ema, state=state.state_dict(), journal=journal.stored(), **extra)
-        journal.write(folder / "log.csv")
+        names = ["stage", "step", "flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
+        write_csv(folder / "log.csv", names, journal.rows)  # losses before their weights, gradient norms after
 
     done = content["state"]["step"] if content else 0
     for state in follow(start(content and content["state"]), total, name, save, run.save_every, run.quiet, done):
@@ -497,17 +499,6 @@ WHEEL = ("#0072B2", "#56B4E9", "#009E73", "#A6B400", "#E69F00", "#D55E00", "#CC7
 LOSS_COLOURS = dict(flow=TEACHER, consistency=STUDENT, bi="#56B4E9", self=RENOISE, adv="#CC79A7", disc="#E69F00")
 STYLE = {"font.size": 11, "axes.titlesize": 12, "legend.frameon": False, "figure.constrained_layout.use": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
-
-
-def pyplot():
-    """matplotlib.pyplot in the one style of all figures, drawing to files only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    return plt
 
 
 def by_angle(noise):
@@ -707,9 +698,14 @@ class Pictures:
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
         if which == "none" and not gif:
             return []
+        import matplotlib
         from PIL import Image
 
-        plt, paths = pyplot(), []
+        matplotlib.use("Agg")  # draws to files only
+        import matplotlib.pyplot as plt
+
+        plt.rcParams.update(STYLE)
+        paths = []
         basic, more = [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
         for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
             paths.append(self.folder / f"{number}_{picture.__name__}.png")
@@ -788,10 +784,7 @@ def table_command(argv):
         done = list(tqdm(pool.map(table_cell, cells), total=len(cells), desc="runs"))
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     rows = [{"dataset": m["dataset"], "preset": m["preset"], "seed": m["seed"], **r} for m in done for r in m["rows"]]
-    with open(f"{settings.out}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in rows for k in r)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(f"{settings.out}.csv", list(dict.fromkeys(k for r in rows for k in r)), rows)
     text = markdown(settings, done, rows, shlex.join(argv))
     write_text(f"{settings.out}.md", text)
     print(text)
