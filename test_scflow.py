@@ -1,24 +1,36 @@
-"""Properties of scflow.py, in the order of its sections. Every docstring says what is tested and why its tolerance.
+"""Properties of scflow.py in the order of its sections, then of toy_2d.py and of the README.
 
-Exact statements run in float64 (fixture `float64`), and random ones are z-scores of a fixed seed. Run `pytest -q`.
+Every docstring says what is tested, and why its tolerance. Exact statements run in float64 (fixture `float64`);
+random ones are z-scores at a fixed seed.
 """
 
+import ast
 import copy
 import itertools
+import json
 import math
 import os
 import pickle
+import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import scflow
+import toy_2d
 from scflow import (
     MLP,
     DiT,
@@ -1226,3 +1238,324 @@ def test_sliced_distance_of_a_shift():
     assert scflow.sliced_w2(x, x.flip(0), 50, gen()) < 1e-6
     with pytest.raises(ValueError, match="equal size"):
         scflow.sliced_w2(x, y[:-1])
+
+
+# ═══ toy_2d.py: the command line ════════════════════════════════════════════════════════════
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+SHORT = "--teacher-steps 40 --student-steps 40 --samples 200".split()
+
+
+def toy(*argv):
+    """Run a command in this process; returns its exit code."""
+    return toy_2d.main(list(map(str, argv)))
+
+
+def spawn(cwd, *argv):
+    """Start a command in a process of its own, on one thread."""
+    command = [sys.executable, str(HERE / "toy_2d.py"), *map(str, argv)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def equal_weights(a, b):
+    """Whether two checkpoints hold bitwise the same networks, averages and optimiser states."""
+    a, b = (torch.load(f, weights_only=True) for f in (a, b))
+    flat_a, flat_b = (torch.utils._pytree.tree_leaves({k: c[k] for k in ("weights", "state")}) for c in (a, b))
+    return len(flat_a) == len(flat_b) and all(
+        torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(flat_a, flat_b)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short finished run with all figures: its parent folder; the run is in runs/8gaussians."""
+    folder = tmp_path_factory.mktemp("toy")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert toy(*SHORT, "--figures", "all", "--gif") == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def points_file(name, array):
+    np.save(name, array)
+    return name
+
+
+ERRORS = {
+    "unknown data set": (["--dataset", "moon"], "moon"),
+    "teacher steps": (["--teacher-steps", "0"], "teacher_steps"),
+    "student steps": (["--student-steps", "-5"], "steps"),
+    "student steps zero": (["--student-steps", "0"], "steps"),
+    "batch": (["--student-batch", "0"], "batch"),
+    "teacher batch": (["--teacher-batch", "-1"], "teacher_batch"),
+    "samples": (["--samples", "0"], "samples"),
+    "not a number": (["--seed", "one"], "one"),
+    "unknown flag": (["--lamda-self", "1"], "--lamda-self"),
+    "unknown choice": (["--preset", "papers"], "papers"),
+    "device": (["--device", "tpu9"], "tpu9"),
+    "resume without a run": (["--resume", "--out", "nowhere"], "nothing to resume"),
+    "resume without any run": (["--resume"], "nothing to resume"),
+    "existing out": (["--out", "."], "--overwrite"),
+    "unwritable": (["--out", "/dev/null/run"], "cannot write"),
+    "exact teacher": (["--teacher", "exact", "--dataset", "moons"], "mixture"),
+    "resume and overwrite": (["--resume", "--overwrite"], "contradict"),
+    "frozen first": (["--preset", "paper", "--self-source", "frozen"], "first phase"),
+    "critic without adversary": (["--preset", "consistency", "--r1", "1"], "r1"),
+    "no loss": (["--preset", "consistency", "--lambda-consistency", "0"], "weight zero"),
+    "three values, two phases": (["--lambda-self", "0", "1", "2"], "phases"),
+    "negative weight": (["--lambda-bi", "-1"], "lambda_bi"),
+    "window": (["--delta", "2"], "delta"),
+    "missing points": (["--dataset", "missing.npy"], "missing.npy"),
+    "shape of points": (["--dataset", "cube.npy"], "(N, 2)"),
+    "points not finite": (["--dataset", "nan.npy"], "finite"),
+    "points are text": (["--dataset", "text.npy"], "numbers"),
+    "not a npy file": (["--dataset", "fake.npy"], "fake.npy"),
+    "few points": (["--dataset", "few.npy"], "100"),
+    "plot without a run": (["plot", "--out", "nowhere"], "nowhere"),
+    "table of nothing known": (["table", "--datasets", "moon"], "moon"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_one_clear_line_and_changes_nothing(case, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line on stderr that names the trouble, no traceback, and no file written or lost."""
+    monkeypatch.chdir(tmp_path)
+    points_file("cube.npy", np.zeros((200, 3)))
+    points_file("nan.npy", np.full((200, 2), np.nan))
+    points_file("text.npy", np.full((200, 2), "a"))
+    points_file("few.npy", np.zeros((5, 2)))
+    Path("fake.npy").write_bytes(b"not numpy")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    argv, word = ERRORS[case]
+    assert toy(*argv, *([] if argv[0] in toy_2d.COMMANDS else SHORT[4:] if "--samples" not in argv else [])) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and "Traceback" not in error
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_an_existing_run_is_neither_overwritten_nor_continued_with_other_settings(finished, monkeypatch, capsys):
+    """Without --overwrite the folder is refused; --resume names the setting that differs; nothing changes."""
+    monkeypatch.chdir(finished)
+    before = {p: p.read_bytes() for p in Path("runs/8gaussians").iterdir()}
+    assert toy(*SHORT, "--out", "runs/8gaussians") == 2
+    assert toy(*SHORT, "--out", "runs/8gaussians", "--resume", "--seed", "7") == 2
+    assert "other settings" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("runs/8gaussians").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other architecture"])
+def test_a_bad_checkpoint_stops_a_resumed_run_with_one_line(damage, finished, tmp_path, monkeypatch, capsys):
+    """--resume on a damaged student.pt: exit code 2, and the file is left as it is."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "runs/8gaussians", "run")
+    Path("run/metrics.json").unlink()  # as if it had been stopped before the end
+    student = Path("run/student.pt")
+    if damage == "truncated":
+        student.write_bytes(student.read_bytes()[:1000])
+    elif damage == "foreign":
+        torch.save({"some": "thing"}, student)
+    else:
+        content = torch.load(student, weights_only=True)
+        content["arch"]["width"] = 32
+        torch.save(content, student)
+    before = student.read_bytes()
+    assert toy(*SHORT, "--out", "run", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "student.pt" in error.splitlines()[-1] and "Traceback" not in error
+    assert student.read_bytes() == before
+
+
+def test_the_same_command_gives_the_same_table(finished, tmp_path, monkeypatch):
+    """Every measure of two runs of one command agrees to the last bit, on one machine and thread count."""
+    monkeypatch.chdir(tmp_path)
+    assert toy(*SHORT, "--figures", "none") == 0
+    rows = [json.loads((p / "runs/8gaussians/metrics.json").read_text())["rows"] for p in (finished, tmp_path)]
+    assert rows[0] == rows[1]
+
+
+def test_ctrl_c_saves_and_resuming_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
+    """A real SIGINT to a real process, in the student's training; then --resume; then everything is compared."""
+    flags = "--teacher-steps 60 --student-steps 300 --samples 200 --figures none --save-every 50".split()
+    assert spawn(tmp_path, *flags, "--out", "whole").wait(100) == 0
+    process, checkpoint = spawn(tmp_path, *flags, "--out", "parts"), tmp_path / "parts/student.pt"
+    until(checkpoint.exists)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "--resume" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert 50 <= torch.load(checkpoint, weights_only=True)["state"]["step"] < 300
+    assert spawn(tmp_path, *flags, "--out", "parts", "--resume").wait(100) == 0
+    assert equal_weights(tmp_path / "whole/student.pt", checkpoint)
+    rows = [json.loads((tmp_path / p / "metrics.json").read_text())["rows"] for p in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    assert (tmp_path / "whole/log.csv").read_bytes() == (tmp_path / "parts/log.csv").read_bytes()
+
+
+def until(condition, seconds=60):
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_run_killed_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
+    """SIGKILL while checkpoints are written as fast as they can be: what is there loads, and --resume goes on."""
+    flags = "--teacher-steps 30 --student-steps 150 --samples 200 --figures none --save-every 1 --out run".split()
+    process = spawn(tmp_path, *flags)
+    until((tmp_path / "run/student.pt").exists)
+    time.sleep(0.3)
+    process.kill()
+    process.communicate()
+    scflow.load(tmp_path / "run/student.pt")
+    scflow.load(tmp_path / "run/teacher.pt")
+    assert spawn(tmp_path, *flags, "--resume").wait(100) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    """A learning rate that explodes: exit code 2, one line with the loss and the step, the checkpoint loads."""
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        *SHORT,
+        "--student-lr",
+        "1e30",
+        "--lambda-adv",
+        "0",
+        "--figures",
+        "none",
+        "--save-every",
+        "1",
+        "--out",
+        "run",
+    ]
+    assert toy(*argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"the (consistency|bi) loss became (nan|inf) at step \d+", error)
+    net = scflow.load("run/student.pt")
+    assert all(p.isfinite().all() for p in scflow.load("run/teacher.pt").parameters()) and net is not None
+
+
+def test_the_figures_are_drawn_and_not_empty(finished):
+    """Each PNG has many colours and is under 300 kB; the GIF moves and is under 2 MB; plot draws them again."""
+    run = finished / "runs/8gaussians"
+    names = ["1_hero", "2_steps", "3_paths", "4_field", "5_losses", "6_critic"]
+    for name in names:
+        file = run / f"{name}.png"
+        with Image.open(file) as image:
+            colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+        assert len(colours) > 50 and file.stat().st_size < 300_000
+    with Image.open(run / "distillation.gif") as image:
+        assert image.n_frames > 10 and (run / "distillation.gif").stat().st_size < 2_000_000
+    hero = (run / "1_hero.png").read_bytes()
+    (run / "1_hero.png").unlink()
+    assert toy("plot", "--out", run) == 0 and (run / "1_hero.png").read_bytes() == hero
+
+
+def test_run_folders_are_numbered(tmp_path, monkeypatch):
+    """Without --out a second run goes to runs/moons-2 and leaves the first alone."""
+    monkeypatch.chdir(tmp_path)
+    argv = "--dataset moons --teacher-steps 2 --student-steps 2 --samples 50 --figures none --quiet".split()
+    assert toy(*argv) == 0 and toy(*argv) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["moons", "moons-2"]
+
+
+@pytest.mark.parametrize("name", toy_2d.DATASETS)
+def test_data_sets_are_centred_of_common_size_and_stratified_like_iid(name):
+    """Mean 0 and RMS radius in [1.5,2.1]; iid and stratified draws are the same law (energy distance, 4 sd)."""
+    data, generator = toy_2d.dataset(name), torch.Generator().manual_seed(0)
+    x, _ = data.sample(20_000, generator)
+    assert x.mean(0).norm() < 0.06 and 1.5 < x.square().sum(1).mean().sqrt() < 2.1
+    reference, strata = data.sample(2_000, generator, stratified=True)
+    energy = scflow.EnergyDistance(reference, strata)
+    mean, sd = scflow.noise_floor(energy, lambda: data.sample(2_000, generator)[0])
+    assert abs(mean) < 4 * sd / math.sqrt(20) + 1e-3
+    assert strata.bincount().float().std() <= 1
+
+
+def test_your_own_points_are_learned_from_a_file(tmp_path, monkeypatch):
+    """A file of points, far from the origin and of any scale, runs from start to finish."""
+    monkeypatch.chdir(tmp_path)
+    points_file("mine.npy", np.random.default_rng(0).normal(100, 30, (500, 2)))
+    assert toy("--dataset", "mine.npy", *SHORT) == 0
+    metrics = json.loads(Path("runs/mine/metrics.json").read_text())
+    assert all(math.isfinite(r["energy"]) for r in metrics["rows"]) and Path("runs/mine/1_hero.png").exists()
+
+
+def test_the_exact_teacher_is_exact(tmp_path, monkeypatch):
+    """--teacher exact: the teacher's 50-step flow-map error is the solver's alone, below 0.1."""
+    monkeypatch.chdir(tmp_path)
+    assert toy("--teacher", "exact", *SHORT, "--figures", "basic", "--out", "run") == 0
+    rows = json.loads(Path("run/metrics.json").read_text())["rows"]
+    (error,) = [r["map_error"] for r in rows if r["who"] == "teacher" and r["steps"] == 50]
+    assert error < 0.1
+
+
+def test_the_table_has_a_row_for_every_network_and_reads_finished_runs_back(tmp_path, monkeypatch, capsys):
+    """Two seeds of one data set: mean ± sd, floors and command in the Markdown; a second call repeats no run."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["table", "--datasets", "moons", "--seeds", "0,1", "--samples", "100", "--workers", "2"]
+    argv += ["--flags", "--teacher-steps 5 --student-steps 5"]
+    assert toy(*argv) == 0
+    text, stamp = (
+        Path("results/table.md").read_text(),
+        Path("runs/table/moons-two_phase-0/student.pt").stat().st_mtime_ns,
+    )
+    assert (
+        text.count("| moons (") == 3 and "seeds 0,1" in text and text.startswith("`python toy_2d.py table --datasets")
+    )
+    assert toy(*argv) == 0 and Path("results/table.md").read_text() == text
+    assert Path("runs/table/moons-two_phase-0/student.pt").stat().st_mtime_ns == stamp
+
+
+# ═══ README.md ══════════════════════════════════════════════════════════════════════════════
+
+COMMANDS = sorted(set(re.findall(r"^(?:pip install .* && )?python (toy_2d\.py.*)$", README, re.M)))
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
+    """As written, shortened only by step and size flags."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "runs", "runs") if " plot " in command else None
+    _, *argv = shlex.split(command)
+    if argv[:1] == ["table"]:
+        argv += ["--samples", "100", "--flags", "--teacher-steps 2 --student-steps 2"]
+    elif argv[:1] != ["plot"]:
+        argv += SHORT
+    assert toy(*argv) == 0
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_readme_examples_run(number, finished, tmp_path, monkeypatch):
+    """Each worked example as it stands; the first finds a finished run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "runs", "runs")
+    scope = {}
+    exec(EXAMPLES[number], scope)
+    if "x0" in scope:
+        assert scope["x0"].shape == (1000, 2) and scope["x0"].isfinite().all()
+
+
+def test_readme_names_the_tests_and_functions_that_exist():
+    """Every `name` in the table of losses is in scflow.py, and every `test_…` in this file."""
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in globals(), name
+    for name in re.findall(r"`(\w+_(?:loss|losses|penalty))`", README):
+        assert hasattr(scflow, name), name
+
+
+def test_the_module_draws_nothing_parses_nothing_and_keeps_its_budget():
+    """scflow.py imports neither matplotlib nor argparse nor tqdm, and has at most 600 lines of code."""
+    source = (HERE / "scflow.py").read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(import|from) (matplotlib|argparse|tqdm)", source, re.M)
+    tree, text = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            text |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = [n for n, line in enumerate(source.splitlines(), 1) if line.strip() and not line.lstrip().startswith("#")]
+    assert len(set(lines) - text) <= 600

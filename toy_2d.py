@@ -610,7 +610,7 @@ class Pictures:
                 if self.exact:  # blank where p_t is below a thousandth of its peak: nothing is learned there
                     shade, density = shade - self.exact(fine, times), self.exact.log_density(fine, times)
                     shade[density < density.max() - math.log(1000)] = math.nan
-                shade = shade.norm(dim=1).reshape(61, 61).T
+                shade = shade.norm(dim=1).reshape(61, 61).T.numpy()
                 extent = (-LIMIT, LIMIT, -LIMIT, LIMIT)
                 picture = ax.imshow(shade, "YlOrBr", origin="lower", extent=extent, vmin=0, vmax=2 if self.exact else 4)
                 x1 = torch.randn(200, 2, generator=generator)
@@ -666,10 +666,10 @@ class Pictures:
 
     def critic(self, plt):
         """The discriminator at four moments: orange it takes for data, purple for samples."""
-        frames, side = self.journal.frames, self.journal.grid[:48, 1]
+        frames, side = self.journal.frames, self.journal.grid[:48, 1].numpy()
         figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
         for ax, i in zip(axes, np.linspace(0, len(frames) - 1, 4).round().astype(int)):
-            critic, levels = frames[i]["critic"].float().reshape(48, 48).T, np.linspace(-1.5, 1.5, 13)
+            critic, levels = frames[i]["critic"].float().numpy().reshape(48, 48).T, np.linspace(-1.5, 1.5, 13)
             picture = ax.contourf(side, side, critic, levels, cmap="PuOr_r", extend="both")
             ax.contour(side, side, critic, [0], colors="black", linewidths=0.8)
             cloud(ax, frames[i]["samples"][0].float(), f"after {plural(frames[i]['step'], 'update')}", "black", 3)
