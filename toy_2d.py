@@ -4,7 +4,7 @@
     python toy_2d.py --dataset checkerboard --seed 3
     python toy_2d.py --preset paper --lambda-self 2    the paper's joint losses, one weight changed
     python toy_2d.py plot --out runs/8gaussians --figures all --gif
-    python toy_2d.py table --seeds 0 1 2 3 4           every data set and seed, side by side
+    python toy_2d.py table --seeds 0,1,2,3,4           every data set and seed, side by side
 
 A run folder holds config.json, teacher.pt, student.pt, metrics.json, log.csv and figures.
 """
@@ -19,7 +19,6 @@ import platform
 import shlex
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,27 +65,24 @@ class Points:
             points = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError):
             raise ValueError(f"{path} is not a .npy file of numbers; write one with numpy.save") from None
-        shape = getattr(points, "shape", "an archive")
-        require(len(shape) == 2 and shape[1] == 2, f"{path} must hold an array of shape (N, 2), not {shape}")
-        require(np.issubdtype(points.dtype, np.number), f"{path} must hold numbers, not {points.dtype}")
-        require(len(points) >= 100, f"{path} holds {len(points)} points; at least 100 are needed")
+        kind = f"{points.dtype} of shape {points.shape}" if isinstance(points, np.ndarray) else "an archive"
+        good = kind != "an archive" and points.dtype.kind in "iuf" and points.ndim == 2 and points.shape[1] == 2
+        require(good and len(points) >= 100, f"{path} must hold real numbers of shape (N, 2), N ≥ 100, not {kind}")
         require(np.isfinite(points).all(), f"{path} holds values that are not finite")
-        points = torch.as_tensor(points, dtype=torch.float32)
+        points = points.astype(np.float64) / max(np.abs(points).max(), 1e-300)  # float32 only once centred and scaled
         points = points - points.mean(0)
-        radius = points.square().sum(1).mean().sqrt()
-        require(radius > 0, f"{path} holds one point only, repeated")
-        points = 2 * points / radius
+        radius = np.sqrt((points**2).sum(1).mean())
+        require(radius > 1e-12, f"{path} holds one point only, repeated")
+        points = torch.as_tensor(2 * points / radius, dtype=torch.float32)
         points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))]
         self.held_out, self.train = points.split([len(points) // 5, len(points) - len(points) // 5])
 
     def sample(self, n, generator=None, stratified=False):
         """Rows drawn with replacement from the training part; stratified: the held-out part, at most n of it."""
-        if stratified:
-            x0 = self.held_out[:n]
-        else:
-            rows = torch.randint(len(self.train), (n,), generator=generator, device=generator.device)
-            x0 = self.train.to(rows.device)[rows]
-        return x0, torch.zeros(len(x0), dtype=torch.int64)
+        device = generator.device if generator else "cpu"
+        rows = torch.randint(len(self.train), (n,), generator=generator, device=device)
+        x0 = self.held_out[:n].to(device) if stratified else self.train.to(device)[rows]
+        return x0, torch.zeros(len(x0), dtype=torch.int64, device=device)
 
 
 def uniform(like, generator):
@@ -134,19 +130,9 @@ def rings(part, generator):
     return polar(0.8 * (1.0 + part), 2 * math.pi * uniform(part, generator)) + 0.08 * normal(part, generator)
 
 
-def eight_gaussians():
-    """Radius 2, s = 0.15: the data set of every first example."""
-    return GaussianMixture(polar(torch.full((8,), 2.0), torch.arange(8) * math.pi / 4), 0.15)
-
-
-def grid_of_gaussians():
-    """5×5 with spacing 1, s = 0.1."""
-    return GaussianMixture(torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3)), 0.1)
-
-
 DATASETS = {
-    "8gaussians": eight_gaussians,
-    "25gaussians": grid_of_gaussians,
+    "8gaussians": lambda: GaussianMixture(polar(torch.full((8,), 2.0), torch.arange(8) * math.pi / 4), 0.15),
+    "25gaussians": lambda: GaussianMixture(torch.cartesian_prod(*2 * [torch.arange(-2.0, 3)]), 0.1),
     "checkerboard": lambda: Parts(8, checkerboard),
     "moons": lambda: Parts(2, moons),
     "spirals": lambda: Parts(2, spirals),
@@ -173,10 +159,11 @@ class Run:
     dataset: str = option("8gaussians", f"{', '.join(DATASETS)}, or a .npy file of (N,2) points")
     seed: int = option(0, "seed of the weights, the data and the evaluation noise")
     preset: str = option("two_phase", "schedule of the losses", choices=tuple(scflow.SCHEDULES))
-    teacher: str = option("learned", "teacher network, or the closed-form velocity", choices=("learned", "exact"))
+    teacher: str = option("learned", "teacher: learned, or the closed-form velocity", choices=("learned", "exact"))
     width: int = option(128, "hidden units of a layer of the networks")
     depth: int = option(3, "hidden layers of the networks")
     samples: int = option(6000, "points that are sampled and compared in the evaluation")
+    nfe: str = option("1,2,4,8", "network evaluations to measure, separated by commas (the teacher also 50)")
     device: str = option("cpu", "cpu, cuda or mps (the matrices are tiny: a CPU is rarely slower)")
     save_every: int = option(500, "updates between checkpoints")
     out: str = option("", "run folder [runs/DATASET, then runs/DATASET-2 and so on]")
@@ -190,8 +177,10 @@ class Run:
         for name, least in dict(width=1, depth=1, samples=50, save_every=1).items():
             require(getattr(self, name) >= least, f"{name} must be at least {least}, not {getattr(self, name)}")
         require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
+        good = all(n.isdecimal() and int(n) > 0 for n in self.nfe.split(","))
+        require(good, f"nfe is {self.nfe!r}, and must be positive whole numbers, separated by commas")
         try:
-            torch.empty(0, device=self.device)
+            torch.Generator(self.device)
         except (RuntimeError, AssertionError):
             raise ValueError(f"no device {self.device!r} here: use --device cpu") from None
 
@@ -200,20 +189,13 @@ class Run:
 COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that leaves the one-line report of an error to main()."""
-
-    def error(self, message):
-        """Raise ValueError."""
-        raise ValueError(f"{message} (--help lists the options)")
-
-
 def cli(argv, description, *settings):
     """Turn the fields of settings classes into flags; returns one {field: given value} per class.
 
     A field of Phase takes one value, or one for each phase of the schedule.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = lambda message: require(False, f"{message} (--help lists the options)")  # main() reports in one line
     for cls in settings:
         group = parser.add_argument_group(cls.__name__, cls.__doc__)
         for f in fields(cls):
@@ -232,7 +214,10 @@ def cli(argv, description, *settings):
 def configure(argv, description=""):
     """Command-line arguments → (Run, TeacherSettings, schedule). Raises ValueError where they contradict."""
     run, teacher, phase = cli(argv, description, Run, TeacherSettings, Phase)
-    run, teacher = Run(**run), TeacherSettings(**teacher)
+    run = Run(**run)
+    if run.teacher == "exact":  # an oracle has no weights to start a student from: a short regression on it has
+        teacher = {"teacher_steps": 1000, **teacher}
+    teacher = TeacherSettings(**teacher)
     schedule = scflow.SCHEDULES[run.preset]
     if len(phase.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
         schedule = scflow.rescale(schedule, phase.pop("steps")[0])
@@ -263,9 +248,14 @@ def write_csv(path, names, rows):
         writer.writerows(rows)
 
 
-def read_json(path):
-    """The content of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path, *keys):
+    """The dictionary in a JSON file. Raises ValueError if it is damaged or lacks one of the keys."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    require(isinstance(content, dict) and all(k in content for k in keys), f"{path} is damaged")
+    return content
 
 
 def open_folder(out, name, resume, overwrite, config):
@@ -286,10 +276,12 @@ def open_folder(out, name, resume, overwrite, config):
         require(not changed, f"--resume with other settings than {out} was started with: {', '.join(changed)}")
         return out
     require(overwrite or not out.exists(), f"{out} exists: give --resume to go on with it, or --overwrite")
+    ours = not out.exists() or file.is_file() or (out.is_dir() and not any(out.iterdir()))
+    require(ours, f"{out} is not a run folder (it holds no config.json), and is left alone")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for old in ("teacher.pt", "student.pt", "metrics.json", "log.csv"):
-            (out / old).unlink(missing_ok=True)
+        for old in itertools.chain(*map(out.glob, ("*.pt", "metrics.json", "log.csv", "[1-6]_*.png", "*.gif"))):
+            old.unlink()
         write_text(file, json.dumps(config, indent=1))
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
@@ -302,13 +294,12 @@ class Journal:
     def __init__(self, stored=None):
         self.rows, self.frames = (stored["rows"], stored["frames"]) if stored else ([], [])
         self.noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
-        side = torch.linspace(-LIMIT, LIMIT, 48)
-        self.grid = torch.cartesian_prod(side, side)  # (48²,2)
+        self.grid = torch.cartesian_prod(*2 * [torch.linspace(-LIMIT, LIMIT, 48)])  # (48²,2)
 
     def note(self, stage, state, total):
         """Record a State of the teacher or the student."""
         if state.step % 10 == 1:
-            norms = {f"norm_{k}": v for k, v in state.grad_norms.items()} if state.step % 50 == 1 else {}
+            norms = {f"norm_{k}": v for k, v in state.grad_norms.items()}
             self.rows.append({"stage": stage, "step": state.step, **state.losses, **norms})
         if stage == "student" and (state.step == 1 or state.step % max(total // 40, 1) == 0):
             device = next(state.ema.parameters()).device
@@ -316,10 +307,6 @@ class Journal:
             with torch.no_grad():  # a picture of the critic
                 critic = state.disc(self.grid.to(device))
             self.frames.append({"step": state.step, "samples": x.cpu().half(), "critic": critic.cpu().half()})
-
-    def stored(self):
-        """As a checkpoint keeps it."""
-        return {"rows": self.rows, "frames": self.frames}
 
 
 class Stopped(Exception):
@@ -331,8 +318,8 @@ def follow(loop, total, name, save, every, quiet=False, done=0):
 
     Ctrl-C takes effect between two updates, so that what is saved is always whole.
     """
-    pressed, main_thread = [], threading.current_thread() is threading.main_thread()
-    before = main_thread and signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         with tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=0.2) as bar:
             for state in loop:
@@ -345,8 +332,14 @@ def follow(loop, total, name, save, every, quiet=False, done=0):
                 if pressed:
                     raise Stopped
     finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
+
+
+def read_run(path, kind):
+    """The checkpoint of a run, of the teacher or the student. Raises ValueError if it is none."""
+    content = scflow.read(path)
+    require(content.get("kind") == kind, f"{path} does not hold a run of the {kind}")
+    return content
 
 
 def stage(name, run, folder, journal, net, start, total, **extra):
@@ -355,13 +348,15 @@ def stage(name, run, folder, journal, net, start, total, **extra):
     `start(resume)` makes the training loop; `extra` goes into the checkpoint.
     """
     path = folder / f"{name}.pt"
-    content = scflow.read(path, run.device) if run.resume and path.exists() else None
+    content = read_run(path, name) if run.resume and path.exists() else None
     if content:
+        require(content["arch"] == net.arch, f"{path} holds a network of another architecture: {content['arch']}")
         net = scflow.load(path, device=run.device)
         journal.rows[:], journal.frames[:] = content["journal"]["rows"], content["journal"]["frames"]
 
     def save(state):
-        scflow.save(path, state.ema, state=state.state_dict(), journal=journal.stored(), **extra)
+        kept = {"rows": journal.rows, "frames": journal.frames}
+        scflow.save(path, state.ema, kind=name, state=state.state_dict(), journal=kept, **extra)
         names = ["stage", "step", "flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
         write_csv(folder / "log.csv", names, journal.rows)  # losses before their weights, gradient norms after
 
@@ -380,48 +375,51 @@ def train(run, settings, schedule):
     data, exact = dataset(run.dataset), run.teacher == "exact"
     mixture = isinstance(data, GaussianMixture)
     require(mixture or not exact, f"--teacher exact needs a mixture, whose velocity is known; {run.dataset} is none")
-    if exact:  # an oracle has no weights to start the student from: a short regression on it has
-        settings = replace(settings, teacher_steps=max(settings.teacher_steps // 3, 1))
+    data = data.to(run.device) if mixture else data  # a mixture draws where its means are
     config = {k: v for k, v in asdict(run).items() if k not in COSMETIC}
     config |= dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
     folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
     if run.resume and (folder / "metrics.json").exists():
-        return folder, read_json(folder / "metrics.json")
+        return folder, read_json(folder / "metrics.json", "rows", "floor", "seconds")
     if not run.quiet:
         print(f"writing to {folder}")
     torch.manual_seed(run.seed)  # initial weights
     generator, journal = torch.Generator(run.device).manual_seed(run.seed), Journal()  # everything else
     net = scflow.MLP(2, run.width, run.depth).to(run.device)
     disc = scflow.PointDiscriminator(2, run.width, run.depth).to(run.device)
-    oracle = data.to(run.device) if exact else None
     clock = [time.perf_counter()]
 
     def batch(n, generator):
         return data.sample(n, generator)[0], None
 
     try:
-        start = partial(scflow.train_teacher, net, batch, generator, settings, oracle)
+        start = partial(scflow.train_teacher, net, batch, generator, settings, data if exact else None)
         net = stage("teacher", run, folder, journal, net, start, settings.teacher_steps)
         clock.append(time.perf_counter())
-        teacher = oracle if exact else net
+        teacher = data if exact else net
         kept = {"arch": teacher.arch, "weights": teacher.state_dict()}
         start = partial(scflow.distill, teacher, disc, batch, generator, schedule, net, norms_every=50)
         total = sum(p.steps for p in schedule)
         student = stage("student", run, folder, journal, net, lambda r: start(resume=r), total, teacher=kept)
-    except Stopped:
+        clock.append(time.perf_counter())
+        data = dataset(run.dataset)  # on the CPU
+        metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
+        rows = evaluate(run, data, teacher.cpu(), student.cpu())
+        metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
+        clock.append(time.perf_counter())
+    except (Stopped, KeyboardInterrupt):
         again = "" if run.out else f" --out {folder}"
         raise Stopped(f"stopped and saved in {folder}; the same command with --resume{again} goes on") from None
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {folder} keeps the last checkpoint before it") from None
-    clock.append(time.perf_counter())
-    data = dataset(run.dataset)  # on the CPU
-    metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
-    metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=evaluate(run, data, teacher.cpu(), student.cpu()))
-    clock.append(time.perf_counter())
-    names = ("teacher", "student", "evaluation")
-    metrics |= dict(seconds={k: round(b - a, 2) for k, a, b in zip(names, clock, clock[1:])}, machine=machine())
+        kept = " and ".join(sorted(file.name for file in folder.glob("*.pt"))) or "no checkpoint yet"
+        raise FloatingPointError(f"{error}; {folder} keeps {kept}, from before it") from None
+    metrics["seconds"] = {k: b - a for k, a, b in zip(("teacher", "student", "evaluation"), clock, clock[1:])}
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
+
+
+LABELS = {("teacher", "euler"): "teacher, Euler", ("student", "euler"): "student, Euler"}
+LABELS["student", "renoise"] = "student, re-noising (β = 1)"
 
 
 def reference_of(data, n):
@@ -433,8 +431,8 @@ def reference_of(data, n):
 def noise_floor(name, n):
     """Mean and sd of the energy distance of 20 true samples of n points to the reference."""
     data, generator = dataset(name), torch.Generator().manual_seed(10**6 + 1)
-    mean, sd = scflow.noise_floor(reference_of(data, n), lambda: data.sample(n, generator)[0])
-    return dict(mean=mean, sd=sd)
+    floor = scflow.noise_floor(reference_of(data, n), lambda: data.sample(n, generator)[0])
+    return dict(zip(("mean", "sd"), floor))
 
 
 def evaluate(run, data, teacher, student):
@@ -444,15 +442,12 @@ def evaluate(run, data, teacher, student):
     fresh, _ = data.sample(run.samples, generator)
     mixture, few = isinstance(data, GaussianMixture), min(run.samples, 2000)  # the exact map costs 400 evaluations
     truth = data.flow_map(noise[:few], torch.ones(few)) if mixture else None
-    rows, one_step = [], None
-    for who, net, solver, counts in (
-        ("teacher", teacher, "euler", (1, 2, 4, 8, 50)),
-        ("student", student, "euler", (1, 2, 4, 8)),
-        ("student", student, "renoise", (1, 2, 4, 8)),
-    ):
-        for steps in counts:
+    counts, rows = sorted({int(n) for n in run.nfe.split(",")}), []
+    for who, solver in LABELS:
+        net = teacher if who == "teacher" else student
+        one_step = scflow.sample(net, noise)
+        for steps in counts if who == "student" else sorted({*counts, 50}):
             x = scflow.sample(net, noise, steps, solver, generator=generator)
-            one_step = x if steps == 1 else one_step
             row = dict(who=who, solver=solver, steps=steps, nfe=scflow.nfe(steps, solver), energy=energy(x))
             row["sliced_w2"] = scflow.sliced_w2(x, fresh, generator=torch.Generator().manual_seed(0))
             if solver != "renoise":  # fresh noise leaves no pairs to compare
@@ -464,14 +459,15 @@ def evaluate(run, data, teacher, student):
     return rows
 
 
+def plural(n, word):
+    """1 step, 2 steps."""
+    return f"{n} {word}{'s' * (n != 1)}"
+
+
 def machine():
     """What the figures were computed on."""
-    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return ", ".join([f"{platform.machine()} CPU, {torch.get_num_threads()} threads", *gpu, versions])
-
-
-LABELS = {"euler": "Euler", "renoise": "re-noising (β = 1)"}
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()} CPU, {plural(torch.get_num_threads(), 'thread')}{gpu}, torch {torch.__version__}"
 
 
 def table(metrics):
@@ -485,9 +481,8 @@ def table(metrics):
     ):
         cells = {(r["who"], r["solver"], r["nfe"]): f"{scale * r[key]:.3f}" for r in metrics["rows"] if key in r}
         lines += [title] if cells else []
-        for who, solver in dict.fromkeys(k[:2] for k in cells):
-            label = f"  {who}, {LABELS[solver]}"
-            lines.append(f"{label:32}" + "".join(f"{cells.get((who, solver, n), ''):>10}" for n in columns))
+        for pair in dict.fromkeys(k[:2] for k in cells):
+            lines.append(f"  {LABELS[pair]:30}" + "".join(f"{cells.get((*pair, n), ''):>10}" for n in columns))
     return "\n".join(lines)
 
 
@@ -521,20 +516,16 @@ def cloud(ax, x, title, colours=GREY, size=4):
     window(ax, title)
 
 
-def plural(n, word):
-    """1 step, 2 steps."""
-    return f"{n} {word}{'s' * (n != 1)}"
-
-
 class Pictures:
     """The figures of one run folder, from its checkpoints and metrics alone."""
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         require((folder / "metrics.json").exists(), f"no finished run in {folder} (it holds no metrics.json)")
-        config, self.metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+        config = read_json(folder / "config.json", "schedule", "dataset")
+        self.metrics = read_json(folder / "metrics.json", "rows", "floor")
         self.schedule = tuple(Phase(**p) for p in config["schedule"])
-        content = scflow.read(folder / "student.pt")
+        content = read_run(folder / "student.pt", "student")
         self.journal = Journal(content["journal"])
         self.student = scflow.load(folder / "student.pt")
         self.teacher, self.target = scflow.build(content["teacher"]["arch"]), scflow.build(content["arch"])
@@ -558,8 +549,10 @@ class Pictures:
         places = [("teacher", 1), ("teacher", 50), ("student", 1), ("student", 2), ("student", 4), ("student", 8)]
         for ax, (who, steps) in zip([*axes[0, 2:], *axes[1]], places):
             cloud(ax, scflow.sample(getattr(self, who), self.noise, steps), f"{who}, {plural(steps, 'step')}", colours)
-            value = f"energy distance × 10³: {self.quality(who)[steps]:.1f}".replace("-", "−")
-            ax.set_xlabel(value, fontsize=9, color="#444444")
+            value = (
+                f"{self.quality(who)[steps]:.1f}".replace("-", "−") if steps in self.quality(who) else "not measured"
+            )
+            ax.set_xlabel(f"energy distance × 10³: {value}", fontsize=9, color="#444444")
         return figure
 
     def steps(self, plt):
@@ -567,17 +560,12 @@ class Pictures:
         figure, ax = plt.subplots(figsize=(6, 3.9))
         mean, sd = (1e3 * self.metrics["floor"][k] for k in ("mean", "sd"))
         ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="#dddddd", label="noise floor ± 2 sd", lw=0)
-        curves = (
-            ("teacher", "euler", TEACHER, "o"),
-            ("student", "euler", STUDENT, "s"),
-            ("student", "renoise", RENOISE, "^"),
-        )
-        for who, solver, colour, marker in curves:
+        for (who, solver), colour, marker in zip(LABELS, (TEACHER, STUDENT, RENOISE), "os^"):
             values = self.quality(who, solver)
-            ax.plot(values.keys(), values.values(), color=colour, marker=marker, label=f"{who}, {LABELS[solver]}", lw=2)
+            ax.plot(values.keys(), values.values(), color=colour, marker=marker, label=LABELS[who, solver], lw=2)
         ax.set_xscale("log", base=2)
         ax.set_yscale("symlog", linthresh=2)
-        ax.set_xticks(*2 * [[1, 2, 4, 8, 50]])
+        ax.set_xticks(*2 * [sorted(self.quality("teacher"))])
         ax.set_yticks([-2, -1, 0, 1, 2, 10, 100, 1000], ["−2", "−1", "0", "1", "2", "10", "100", "1000"])
         ax.minorticks_off()
         ax.set(xlabel="network evaluations", ylabel="energy distance × 10³", ylim=(min(-1, mean - 3 * sd), None))
@@ -598,7 +586,10 @@ class Pictures:
         return figure
 
     def field(self, plt):
-        """Where the velocities lead at several t, over their distance to the exact ones (else over their length)."""
+        """Where the velocities lead at several t, over their distance to the exact ones (else over their length).
+
+        The student's velocity is the average one to the end of the path, (x − f)/t, and is compared with that.
+        """
         figure, axes = plt.subplots(2, 4, figsize=(10.6, 5.6))
         side, generator = torch.linspace(-LIMIT, LIMIT, 61), torch.Generator().manual_seed(4)
         fine, coarse = torch.cartesian_prod(side, side), torch.cartesian_prod(side[2::5], side[2::5])
@@ -608,20 +599,19 @@ class Pictures:
                 with torch.no_grad():  # a picture
                     shade, arrows = net(fine, times), net(coarse, times[: len(coarse)])
                 if self.exact:  # blank where p_t is below a thousandth of its peak: nothing is learned there
-                    shade, density = shade - self.exact(fine, times), self.exact.log_density(fine, times)
+                    average = (fine - self.exact.flow_map(fine, times, 50)) / t
+                    shade = shade - (self.exact(fine, times) if who == "teacher" else average)
+                    density = self.exact.log_density(fine, times)
                     shade[density < density.max() - math.log(1000)] = math.nan
                 shade = shade.norm(dim=1).reshape(61, 61).T.numpy()
-                extent = (-LIMIT, LIMIT, -LIMIT, LIMIT)
-                picture = ax.imshow(shade, "YlOrBr", origin="lower", extent=extent, vmin=0, vmax=2 if self.exact else 4)
+                picture = ax.imshow(shade, "YlOrBr", origin="lower", extent=2 * (-LIMIT, LIMIT), vmin=0, vmax=2)
                 x1 = torch.randn(200, 2, generator=generator)
-                ax.scatter(
-                    *scflow.interpolate(self.x0[:200], x1, times[:200]).T.numpy(), s=4, color=STUDENT, linewidths=0
-                )
-                ax.quiver(
-                    *coarse.T.numpy(), *-arrows.T.numpy(), color="black", scale=45, width=0.006
-                )  # sampling follows −v
+                xt = scflow.interpolate(self.x0[:200], x1, times[:200])
+                ax.scatter(*xt.T.numpy(), s=4, color=STUDENT, linewidths=0)
+                arrows = -arrows.T.numpy()  # sampling follows −v
+                ax.quiver(*coarse.T.numpy(), *arrows, color="black", scale=45, width=0.006)
                 window(ax, f"{who}, t = {t:g}")
-        label = "‖v − v*‖, v* the exact velocity" if self.exact else "‖v‖"
+        label = "‖v − exact v‖ (student: average v)" if self.exact else "‖v‖"
         figure.colorbar(picture, ax=axes, shrink=0.7, label=label, extend="max")
         return figure
 
@@ -631,7 +621,7 @@ class Pictures:
         for prefix, ax in (("", axes[0]), ("norm_", axes[1])):
             for name, colour in LOSS_COLOURS.items():
                 rows = [r for r in self.journal.rows if r["stage"] == "student" and prefix + name in r]
-                width = min(1 if prefix else 15, len(rows))  # the losses of single batches are noisy
+                width = 1 if prefix else max(1, min(15, len(rows) // 4))  # the losses of single batches are noisy
                 if rows:
                     mean = np.convolve([r[prefix + name] for r in rows], np.ones(width) / width, "valid")
                     steps = [r["step"] for r in rows][(width - 1) // 2 :][: len(mean)]
@@ -692,12 +682,11 @@ class Pictures:
             figure.suptitle(f"student after {plural(frame['step'], 'update')}", fontsize=12)
 
         frames = self.journal.frames + [self.journal.frames[-1]] * 8
-        FuncAnimation(figure, draw, frames).save(self.folder / "distillation.gif", PillowWriter(fps=6))
+        FuncAnimation(figure, draw, frames).save(path := self.folder / "distillation.gif", PillowWriter(fps=6))
+        return path
 
     def draw(self, which, gif=False):
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
-        if which == "none" and not gif:
-            return []
         import matplotlib
         from PIL import Image
 
@@ -705,15 +694,12 @@ class Pictures:
         import matplotlib.pyplot as plt
 
         plt.rcParams.update(STYLE)
-        paths = []
-        basic, more = [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
+        paths, basic, more = [], [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
         for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
             paths.append(self.folder / f"{number}_{picture.__name__}.png")
             picture(plt).savefig(paths[-1], dpi=100)
             Image.open(paths[-1]).convert("RGB").quantize(256).save(paths[-1])  # a third of the size
-        if gif:
-            self.gif(plt)
-            paths.append(self.folder / "distillation.gif")
+        paths += [self.gif(plt)] if gif else []
         plt.close("all")
         return paths
 
@@ -725,7 +711,7 @@ def train_command(argv):
     """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, table)."""
     run, settings, schedule = configure(argv, train_command.__doc__)
     folder, metrics = train(run, settings, schedule)
-    figures = Pictures(folder).draw(run.figures, run.gif)
+    figures = Pictures(folder).draw(run.figures, run.gif) if run.gif or run.figures != "none" else []
     if not run.quiet:
         print(f"\n{run.dataset}, seed {run.seed}, schedule {run.preset!r}, {run.samples} samples\n{table(metrics)}\n")
         print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics["seconds"].items()))
@@ -763,10 +749,13 @@ class Table:
 
 
 def table_cell(argv):
-    """One run of the table, in a process of its own."""
+    """One run of the table, in a process of its own; one that diverges is reported, not hidden."""
     torch.set_num_threads(1)
     run, settings, schedule = configure(argv)
-    return train(replace(run, resume=Path(run.out, "config.json").exists()), settings, schedule)[1]
+    try:
+        return train(replace(run, resume=Path(run.out, "config.json").exists()), settings, schedule)[1]
+    except FloatingPointError as error:
+        return dict(dataset=run.dataset, preset=run.preset, seed=run.seed, rows=[], failure=str(error))
 
 
 def table_command(argv):
@@ -776,9 +765,9 @@ def table_command(argv):
     cells = []
     for name, preset, seed in choices:
         dataset(name)
-        out = Path(settings.runs, f"{Path(name).stem}-{preset}-{seed}")
-        flags = f"--dataset {name} --preset {preset} --seed {seed} --samples {settings.samples} --out {out} --quiet"
-        cells.append([*flags.split(), *settings.flags.split()])
+        out = str(Path(settings.runs, f"{Path(name).stem}-{preset}-{seed}"))
+        cells.append(["--dataset", name, "--preset", preset, "--seed", seed, "--samples", str(settings.samples)])
+        cells[-1] += ["--out", out, "--quiet", *shlex.split(settings.flags)]
         configure(cells[-1])  # this and the line above complain before the first run starts
     with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
         done = list(tqdm(pool.map(table_cell, cells), total=len(cells), desc="runs"))
@@ -792,23 +781,31 @@ def table_command(argv):
 
 def markdown(settings, done, rows, flags):
     """Energy distance ×10³ of the table's runs, mean ± sd over seeds, with its command, machine and noise floors."""
-    floors = {m["dataset"]: "{mean:.2f} ± {sd:.2f}".format(**{k: 1e3 * v for k, v in m["floor"].items()}) for m in done}
-    lines = [f"`python toy_2d.py table {flags}`".replace(" `", "`"), ""]
-    lines += [f"Energy distance ×10³ by network evaluations: mean ± sd over seeds {settings.seeds}; {settings.samples}"]
-    lines[-1] += f" samples; {done[0]['machine']}.\n"
-    lines += [
-        "| data set (noise floor) | schedule | network | 1 | 2 | 4 | 8 | 50 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    groups = {}
+    counts, cells = sorted({r["nfe"] for r in rows}), {}
     for r in rows:
-        line = groups.setdefault((r["dataset"], r["preset"], r["who"], r["solver"]), {})
-        line.setdefault(r["nfe"], []).append(1e3 * r["energy"])
-    for (name, preset, who, solver), line in groups.items():
-        cells = [
-            f"{np.mean(line[n]):.2f} ± {np.std(line[n], ddof=1):.2f}" if n in line else "" for n in (1, 2, 4, 8, 50)
-        ]
-        lines.append("| " + " | ".join([f"{name} ({floors[name]})", preset, f"{who}, {LABELS[solver]}", *cells]) + " |")
+        line = cells.setdefault((r["dataset"], r["preset"], LABELS[r["who"], r["solver"]]), {n: [] for n in counts})
+        line[r["nfe"]].append(1e3 * r["energy"])
+    floors = {
+        m["dataset"]: "{mean:.2f} ± {sd:.2f}".format(**{k: 1e3 * v for k, v in m["floor"].items()})
+        for m in done
+        if m["rows"]
+    }
+    machines = "; ".join({m["machine"]: 0 for m in done if m["rows"]})
+    about = f"mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}"
+    lines = [
+        f"`{f'python toy_2d.py table {flags}'.strip()}`",
+        "",
+        f"Energy distance ×10³ by network evaluations: {about}.",
+    ]
+    lines += [
+        f"Failed: {m['dataset']}, {m['preset']}, seed {m['seed']}: {m['failure']}." for m in done if not m["rows"]
+    ]
+    lines += ["", f"| data set (noise floor) | schedule | network | {' | '.join(map(str, counts))} |"]
+    lines += ["|---" * (3 + len(counts)) + "|"]
+    for (name, *rest), line in cells.items():
+        shown = [f"{np.mean(v):.2f}" if v else "" for v in line.values()]
+        shown = [s + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "") for s, v in zip(shown, line.values())]
+        lines.append("| " + " | ".join([f"{name} ({floors[name]})", *rest, *shown]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -825,7 +822,7 @@ def main(argv=None):
         print(f"toy_2d.py: error: {error}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"toy_2d.py: {stop or 'stopped'}", file=sys.stderr)
+        print(f"toy_2d.py: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
