@@ -376,8 +376,8 @@ def train(run, settings, schedule):
     mixture = isinstance(data, GaussianMixture)
     require(mixture or not exact, f"--teacher exact needs a mixture, whose velocity is known; {run.dataset} is none")
     data = data.to(run.device) if mixture else data  # a mixture draws where its means are
-    config = {k: v for k, v in asdict(run).items() if k not in COSMETIC}
-    config |= dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
+    config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
+    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC}
     folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
     if run.resume and (folder / "metrics.json").exists():
         return folder, read_json(folder / "metrics.json", "rows", "floor", "seconds")
@@ -413,7 +413,7 @@ def train(run, settings, schedule):
     except FloatingPointError as error:
         kept = " and ".join(sorted(file.name for file in folder.glob("*.pt"))) or "no checkpoint yet"
         raise FloatingPointError(f"{error}; {folder} keeps {kept}, from before it") from None
-    metrics["seconds"] = {k: b - a for k, a, b in zip(("teacher", "student", "evaluation"), clock, clock[1:])}
+    metrics["seconds"] = dict(zip(("teacher", "student", "evaluation"), np.diff(clock).tolist()))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
 
@@ -561,8 +561,8 @@ class Pictures:
         mean, sd = (1e3 * self.metrics["floor"][k] for k in ("mean", "sd"))
         ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="#dddddd", label="noise floor ± 2 sd", lw=0)
         for (who, solver), colour, marker in zip(LABELS, (TEACHER, STUDENT, RENOISE), "os^"):
-            values = self.quality(who, solver)
-            ax.plot(values.keys(), values.values(), color=colour, marker=marker, label=LABELS[who, solver], lw=2)
+            nfe, values = zip(*self.quality(who, solver).items())
+            ax.plot(nfe, values, color=colour, marker=marker, label=LABELS[who, solver], lw=2)
         ax.set_xscale("log", base=2)
         ax.set_yscale("symlog", linthresh=2)
         ax.set_xticks(*2 * [sorted(self.quality("teacher"))])
@@ -672,13 +672,12 @@ class Pictures:
 
         figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), dpi=90, layout="none")  # it must not move
         figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.8, wspace=0.03)
-        colours = by_angle(self.journal.noise)
 
         def draw(frame):
             for ax, steps, x in zip(axes, (1, 2, 4), frame["samples"].float()):
                 ax.clear()
                 cloud(ax, self.x0, "", "#dddddd", 2)
-                cloud(ax, x, plural(steps, "step"), colours, 5)
+                cloud(ax, x, plural(steps, "step"), by_angle(self.journal.noise), 5)
             figure.suptitle(f"student after {plural(frame['step'], 'update')}", fontsize=12)
 
         frames = self.journal.frames + [self.journal.frames[-1]] * 8
@@ -774,8 +773,7 @@ def table_command(argv):
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     rows = [{"dataset": m["dataset"], "preset": m["preset"], "seed": m["seed"], **r} for m in done for r in m["rows"]]
     write_csv(f"{settings.out}.csv", list(dict.fromkeys(k for r in rows for k in r)), rows)
-    text = markdown(settings, done, rows, shlex.join(argv))
-    write_text(f"{settings.out}.md", text)
+    write_text(f"{settings.out}.md", text := markdown(settings, done, rows, shlex.join(argv)))
     print(text)
 
 
