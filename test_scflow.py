@@ -930,6 +930,7 @@ def test_the_second_phase_takes_over_the_average(source):
             assert max((average[k] - v).abs().max() for k, v in net.state_dict().items()) < 1e-8
         assert same(run.frozen.state_dict(), average)
         sources.append(run.source)
+        assert all(state["step"] == len(sources) for state in run.opt.state.values())  # Adam starts afresh too
     assert len(sources) == 3 and all(net is getattr(run, source) for net in sources)
 
 

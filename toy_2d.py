@@ -710,10 +710,11 @@ def train_command(argv):
     """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, table)."""
     run, settings, schedule = configure(argv, train_command.__doc__)
     folder, metrics = train(run, settings, schedule)
-    figures = Pictures(folder).draw(run.figures, run.gif) if run.gif or run.figures != "none" else []
     if not run.quiet:
         print(f"\n{run.dataset}, seed {run.seed}, schedule {run.preset!r}, {run.samples} samples\n{table(metrics)}\n")
         print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics["seconds"].items()))
+    figures = Pictures(folder).draw(run.figures, run.gif) if run.gif or run.figures != "none" else []
+    if not run.quiet:
         print("files:   " + ", ".join(map(str, [folder / "student.pt", folder / "metrics.json", *figures])))
 
 
