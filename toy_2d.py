@@ -178,7 +178,7 @@ class Run:
             require(getattr(self, name) >= least, f"{name} must be at least {least}, not {getattr(self, name)}")
         require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
         good = all(n.isdecimal() and int(n) > 0 for n in self.nfe.split(","))
-        require(good, f"nfe is {self.nfe!r}, and must be positive whole numbers, separated by commas")
+        require(good, f"nfe must be positive whole numbers separated by commas, not {self.nfe!r}")
         try:
             torch.Generator(self.device)
         except (RuntimeError, AssertionError):
@@ -271,8 +271,7 @@ def open_folder(out, name, resume, overwrite, config):
     out, file = Path(out), Path(out, "config.json")
     if resume:
         require(file.is_file(), f"nothing to resume: {out} holds no config.json")
-        stored = read_json(file)
-        changed = [k for k in config if stored.get(k) != config[k]]
+        changed = [k for k, v in read_json(file, *config).items() if config.get(k) != v]
         require(not changed, f"--resume with other settings than {out} was started with: {', '.join(changed)}")
         return out
     require(overwrite or not out.exists(), f"{out} exists: give --resume to go on with it, or --overwrite")
@@ -357,8 +356,8 @@ def stage(name, run, folder, journal, net, start, total, **extra):
     def save(state):
         kept = {"rows": journal.rows, "frames": journal.frames}
         scflow.save(path, state.ema, kind=name, state=state.state_dict(), journal=kept, **extra)
-        names = ["stage", "step", "flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
-        write_csv(folder / "log.csv", names, journal.rows)  # losses before their weights, gradient norms after
+        names = ["flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
+        write_csv(folder / "log.csv", ["stage", "step", *names], journal.rows)  # losses unweighted, norms weighted
 
     done = content["state"]["step"] if content else 0
     for state in follow(start(content and content["state"]), total, name, save, run.save_every, run.quiet, done):
@@ -680,8 +679,8 @@ class Pictures:
                 cloud(ax, x, plural(steps, "step"), by_angle(self.journal.noise), 5)
             figure.suptitle(f"student after {plural(frame['step'], 'update')}", fontsize=12)
 
-        frames = self.journal.frames + [self.journal.frames[-1]] * 8
-        FuncAnimation(figure, draw, frames).save(path := self.folder / "distillation.gif", PillowWriter(fps=6))
+        film = FuncAnimation(figure, draw, self.journal.frames + 8 * self.journal.frames[-1:])  # it ends on a pause
+        film.save(path := self.folder / "distillation.gif", PillowWriter(fps=6))
         return path
 
     def draw(self, which, gif=False):
