@@ -241,6 +241,10 @@ class Phase:
     def __post_init__(self):
         for name in ("steps", "batch", "lr", "lr_disc", "delta", "r1_every"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("steps", "batch", "r1_every"):
+            require(
+                float(getattr(self, name)).is_integer(), f"{name} must be a whole number, not {getattr(self, name)}"
+            )
         for name in (*(f"lambda_{k}" for k in LOSSES), "warmup_adv", "warmup_self", "warmup_bi", "r1"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}")
         for name in ("delta", "tau", "at_one", "target_ema", "ema"):
@@ -849,6 +853,7 @@ def save(path, net, **extra):
 
     A run killed at any moment leaves either the old file or the new one, whole.
     """
+    net = getattr(net, "_orig_mod", net)  # of a compiled network, the plain one: its weights carry no prefix
     content = {"format": FORMAT, "arch": getattr(net, "arch", None), "weights": net.state_dict(), **extra}
     temporary = f"{path}.tmp"
     try:

@@ -1046,6 +1046,53 @@ def test_gradient_norms_are_those_of_the_weighted_losses():
     assert abs(norm / (3 * sum(q.square().sum() for q in net.parameters()).sqrt()) - 1) < 1e-5
 
 
+class Conditioned(nn.Module):
+    """A network, or a critic, that insists on a condition for each of its rows, and notes it (copies note it too)."""
+
+    seen = []
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, *rest):
+        *t, cond = rest
+        assert cond.shape == (len(x), 1)
+        self.seen.append(cond[:, 0])
+        return self.net(x, *t)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(self_source="ema"), dict(self_source="ema", at_one=0.25)])
+def test_the_condition_travels_with_every_pass(changes):
+    """Teacher, target, student, source and critic get the row numbers as conditions, stacked as the rows are."""
+
+    def numbered(n, generator):
+        return batch(n, generator)[0], torch.arange(n)[:, None]
+
+    Conditioned.seen.clear()
+    for _ in distill(
+        Conditioned(mlp()), Conditioned(critic()), numbered, gen(), (phase(r1=1.0, **ALL_FOUR, **changes),)
+    ):
+        pass
+    assert len(Conditioned.seen) >= 7 * BASE["steps"]
+    for rows in Conditioned.seen:
+        n = int(rows.max()) + 1
+        assert n in (8, 32) and torch.equal(rows, torch.arange(n).repeat(len(rows) // n))
+
+
+def test_a_teacher_without_weights_needs_a_student():
+    """An oracle and a plain function cannot initialise the student: one clear line."""
+    for teacher in (skewed(), lambda x, t, cond=None: x):
+        with pytest.raises(ValueError, match="pass student="):
+            next(distill(teacher, critic(), batch, gen(), (phase(**ALL_FOUR),)))
+
+
+def test_the_learning_rate_rises_along_a_line_and_falls_along_a_cosine():
+    """1/50 at the first update, half at mid-way, nearly 0 at the last (closed form, 1e-12)."""
+    assert abs(scflow.lr_factor(0, 1000) - 1 / 50) < 1e-12 and abs(scflow.lr_factor(500, 1000) - 0.5) < 1e-12
+    assert scflow.lr_factor(999, 1000) < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 8), (3, 4, 10)])
 def test_latents_of_any_shape_are_distilled(shape):
     """A DiT and a convolutional critic run both phases on (C,H,W): losses finite, every network moved, shapes kept."""
@@ -1311,12 +1358,19 @@ ERRORS = {
     "critic without adversary": (["--preset", "consistency", "--r1", "1"], "r1"),
     "no loss": (["--preset", "consistency", "--lambda-consistency", "0"], "weight zero"),
     "three values, two phases": (["--lambda-self", "0", "1", "2"], "phases"),
+    "zero evaluations": (["--nfe", "0"], "nfe"),
+    "evaluations in words": (["--nfe", "1,two"], "nfe"),
+    "endless warm-up": (["--preset", "paper", "--student-steps", "10", "--warmup-self", "10"], "warmup_self"),
+    "overwriting what is no run": (["--out", ".", "--overwrite"], "left alone"),
     "negative weight": (["--lambda-bi", "-1"], "lambda_bi"),
     "window": (["--delta", "2"], "delta"),
     "missing points": (["--dataset", "missing.npy"], "missing.npy"),
     "shape of points": (["--dataset", "cube.npy"], "(N, 2)"),
     "points not finite": (["--dataset", "nan.npy"], "finite"),
     "points are text": (["--dataset", "text.npy"], "numbers"),
+    "complex points": (["--dataset", "complex.npy"], "complex"),
+    "an archive of points": (["--dataset", "archive.npy"], "archive"),
+    "one point": (["--dataset", "one.npy"], "one point"),
     "not a npy file": (["--dataset", "fake.npy"], "fake.npy"),
     "few points": (["--dataset", "few.npy"], "100"),
     "plot without a run": (["plot", "--out", "nowhere"], "nowhere"),
@@ -1332,6 +1386,10 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(case, tmp_path, monkeyp
     points_file("nan.npy", np.full((200, 2), np.nan))
     points_file("text.npy", np.full((200, 2), "a"))
     points_file("few.npy", np.zeros((5, 2)))
+    points_file("complex.npy", np.ones((200, 2)) * 1j)
+    points_file("one.npy", np.ones((200, 2)))
+    with open("archive.npy", "wb") as file:
+        np.savez(file, np.zeros((200, 2)))
     Path("fake.npy").write_bytes(b"not numpy")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     argv, word = ERRORS[case]
@@ -1351,7 +1409,7 @@ def test_an_existing_run_is_neither_overwritten_nor_continued_with_other_setting
     assert {p: p.read_bytes() for p in Path("runs/8gaussians").iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other architecture"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other architecture", "the teacher's", "weights alone"])
 def test_a_bad_checkpoint_stops_a_resumed_run_with_one_line(damage, finished, tmp_path, monkeypatch, capsys):
     """--resume on a damaged student.pt: exit code 2, and the file is left as it is."""
     monkeypatch.chdir(tmp_path)
@@ -1362,6 +1420,10 @@ def test_a_bad_checkpoint_stops_a_resumed_run_with_one_line(damage, finished, tm
         student.write_bytes(student.read_bytes()[:1000])
     elif damage == "foreign":
         torch.save({"some": "thing"}, student)
+    elif damage == "the teacher's":
+        shutil.copy("run/teacher.pt", student)
+    elif damage == "weights alone":
+        scflow.save(student, MLP())
     else:
         content = torch.load(student, weights_only=True)
         content["arch"]["width"] = 32
@@ -1440,6 +1502,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert re.search(r"the (consistency|bi) loss became (nan|inf) at step \d+", error)
     net = scflow.load("run/student.pt")
     assert all(p.isfinite().all() for p in scflow.load("run/teacher.pt").parameters()) and net is not None
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    """The last update explodes, after its finite loss: the run fails, and the checkpoint before it stays."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*SHORT, "--figures", "none", "--save-every", "1", "--out", "run", "--preset", "paper"]
+    update = scflow.distill_step
+
+    def explode(run, phase, i, *rest):
+        update(run, phase, i, *rest)
+        if i == phase.steps - 1:
+            next(run.student.parameters()).data.fill_(math.inf)
+
+    monkeypatch.setattr(scflow, "distill_step", explode)
+    assert toy(*argv) == 2
+    assert "no longer finite at step 40" in capsys.readouterr().err.splitlines()[-1]
+    content = scflow.read("run/student.pt")
+    assert content["state"]["step"] == 39 and finite(scflow.load("run/student.pt"))
 
 
 def test_the_figures_are_drawn_and_not_empty(finished):
