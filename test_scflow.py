@@ -1596,7 +1596,8 @@ def test_the_table_has_a_row_for_every_network_and_reads_finished_runs_back(tmp_
 
 # ═══ README.md ══════════════════════════════════════════════════════════════════════════════
 
-COMMANDS = sorted(set(re.findall(r"^(?:pip install .* && )?python (toy_2d\.py.*)$", README, re.M)))
+COMMANDS = re.findall(r"^(?:pip install .* && )?python (toy_2d\.py.*)$", README, re.M)  # in blocks, and in sentences
+COMMANDS = sorted({" ".join(c.split()) for c in COMMANDS + re.findall(r"`python (toy_2d\.py[^`]*)`", README)})
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
@@ -1606,11 +1607,22 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished / "runs", "runs") if " plot " in command else None
     _, *argv = shlex.split(command)
+    if "--help" in argv:
+        with pytest.raises(SystemExit, match="0"):
+            toy(*argv)
+        return
     if argv[:1] == ["table"]:
         argv += ["--samples", "100", "--flags", "--teacher-steps 2 --student-steps 2"]
     elif argv[:1] != ["plot"]:
         argv += SHORT
     assert toy(*argv) == 0
+
+
+def test_readme_tables_are_those_of_the_results():
+    """Every row of measures in the README stands, to the letter, in a table that a command wrote to results/."""
+    written = "".join(f.read_text(encoding="utf-8") for f in (HERE / "results").glob("*.md"))
+    rows = [line for line in README.splitlines() if re.match(r"\| \w+ \(-?\d", line)]
+    assert len(rows) > 10 and all(row in written.splitlines() for row in rows)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
