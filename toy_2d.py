@@ -86,11 +86,13 @@ class Points:
 
 
 def uniform(like, generator):
+    """Uniform [0,1) numbers, one for each element of `like` (n,)."""
     return torch.rand(like.shape, generator=generator, device=like.device)
 
 
-def normal(like, generator, columns=2):
-    return torch.randn(*like.shape, columns, generator=generator, device=like.device)
+def normal(like, generator):
+    """Standard normal points (n,2), one for each element of `like` (n,)."""
+    return torch.randn(*like.shape, 2, generator=generator, device=like.device)
 
 
 def polar(radius, angle):
