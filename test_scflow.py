@@ -1606,6 +1606,7 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
     """As written, shortened only by step and size flags."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished / "runs", "runs") if " plot " in command else None
+    points_file("points.npy", np.random.default_rng(0).normal(size=(200, 2)))
     _, *argv = shlex.split(command)
     if "--help" in argv:
         with pytest.raises(SystemExit, match="0"):
