@@ -585,6 +585,7 @@ def distill_losses(nets, x0, x1, t, phase, weights, generator=None, cond=None):
         distance, xt = DISTANCES[phase.distance], interpolate(x0, x1, t)
         with torch.no_grad():  # a target is a constant: neither the teacher nor θ⁻ learns through it
             v = nets.teacher(xt, t, cond)
+            # Both are drawn whichever is used: switching one loss off leaves all other draws as they were.
             s = t - rand_like(t, generator) * t.clamp(max=phase.delta)
             u = t + rand_like(t, generator) * (1 - t).clamp(max=phase.delta)
             ends = [{"consistency": s, "bi": u}[name] for name in terms]
@@ -763,7 +764,7 @@ def distill(
     run = State(
         generator, student=student, target=target, ema=ema, frozen=frozen, disc=disc, opt=opt, opt_disc=opt_disc
     )
-    # What follows is not saved. The teacher is frozen: it is the ground to stand on.
+    # What follows is not saved. The teacher is frozen: the paths that the targets follow must not move.
     run.teacher = clone(teacher) if isinstance(teacher, nn.Module) else teacher
     run.loss_function = loss_function
     if resume:

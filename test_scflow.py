@@ -1140,6 +1140,14 @@ def test_a_saved_network_comes_back(make, tmp_path):
         assert torch.equal(sample(back, noise, steps=1), sample(net, noise, steps=1))
 
 
+def test_a_compiled_network_is_saved_without_prefixes(tmp_path):
+    """torch.compile wraps a module as `_orig_mod`; the checkpoint holds the plain names, and loads as ever."""
+    net = mlp()
+    scflow.save(tmp_path / "net.pt", torch.compile(net))
+    assert scflow.read(tmp_path / "net.pt")["weights"].keys() == net.state_dict().keys()
+    assert same(scflow.load(tmp_path / "net.pt").state_dict(), net.state_dict())
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failed_save_keeps_the_old_checkpoint(error, tmp_path, monkeypatch):
     """When writing stops half-way the old file is whole, and no temporary file is left."""

@@ -745,7 +745,7 @@ class Table:
     flags: str = option("", "further flags of every run, in quotes")
     samples: int = option(20000, "points in the evaluation")
     workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
-    runs: str = option("runs/table", "folder of the run folders; finished runs are read back")
+    runs: str = option("runs/table", "folder of the runs, one for each set of flags; finished runs are read back")
     out: str = option("results/table", "path of the tables, without .csv and .md")
 
 
