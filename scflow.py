@@ -32,6 +32,7 @@ Three lines of use (`batch(n, generator)` returns data and a condition, or None 
 """
 
 import copy
+import functools
 import math
 import os
 import warnings
@@ -347,6 +348,17 @@ class PointDiscriminator(nn.Module):
         return self.layers(x)[:, 0]
 
 
+def mixed_precision(forward):
+    """Let a network's forward pass compute in its `.precision`; weights, input and output stay as they are."""
+
+    @functools.wraps(forward)
+    def wrapped(net, x, *args):
+        with torch.autocast(x.device.type, net.precision, enabled=net.precision != torch.float32):
+            return forward(net, x, *args).to(x.dtype)
+
+    return wrapped
+
+
 def timestep_embedding(t, dim):
     """Sinusoids of 1000·t at `dim`/2 frequencies from 1 to 1/10000, (B,) → (B,dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -413,6 +425,8 @@ def unpatchify(tokens, p, h, w):
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie, 2023) as a velocity network for latents (B,C,H,W)."""
 
+    precision = torch.float32  # of the computation; torch.bfloat16 where the device is fast at it
+
     def __init__(self, shape=(4, 32, 32), patch=2, dim=384, depth=12, heads=6, ratio=4):
         super().__init__()
         c, h, w = shape
@@ -429,6 +443,7 @@ class DiT(nn.Module):
         zero(self.modulation)
         zero(self.head)  # the untrained network is the zero map
 
+    @mixed_precision
     def forward(self, x, t, cond=None):
         """Velocity (B,C,H,W) at latents (B,C,H,W) and times (B,)."""
         refuse(cond)
@@ -449,30 +464,34 @@ class DiT(nn.Module):
 
 
 class LatentDiscriminator(nn.Module):
-    """Critic for latents (B,C,H,W): residual convolutions down to 4×4, one logit each.
+    """Critic for latents (B,C,H,W): residual convolutions down to a side of 4, then one logit from all places.
 
     Group norm, never batch statistics, so that real and fake rows may share a pass.
     """
+
+    precision = torch.float32  # as in DiT
 
     def __init__(self, shape=(4, 32, 32), width=64):
         super().__init__()
         require(width % 8 == 0, f"width {width} must be a multiple of 8, the number of norm groups")
         self.arch = dict(name="LatentDiscriminator", shape=list(shape), width=width)
-        c, side = shape[0], min(shape[1:])
+        c, h, w = shape
         self.stem, self.stages = nn.Conv2d(c, width, 3, padding=1), nn.ModuleList()
-        while side > 4:
+        while min(h, w) > 4:
             out = min(2 * width, 512)
             self.stages.append(nn.ModuleList([DiscBlock(width, out), nn.AvgPool2d(2, ceil_mode=True)]))
-            width, side = out, (side + 1) // 2
-        self.last, self.head = DiscBlock(width, width), nn.Linear(width, 1)
+            width, h, w = out, (h + 1) // 2, (w + 1) // 2
+        # A mean over places would not know a mouth from a mouth on the forehead.
+        self.last, self.head = DiscBlock(width, width), nn.Linear(width * h * w, 1)
 
+    @mixed_precision
     def forward(self, x, cond=None):
         """Logits (B,), large for data."""
         refuse(cond)
         h = self.stem(x)
         for block, pool in self.stages:
             h = pool(block(h))
-        return self.head(F.leaky_relu(self.last(h), 0.2).mean((2, 3)))[:, 0]
+        return self.head(F.leaky_relu(self.last(h), 0.2).flatten(1))[:, 0]
 
 
 class DiscBlock(nn.Module):
@@ -666,8 +685,13 @@ class State:
     """
 
     def __init__(self, generator, **parts):
-        self.step, self.losses, self.grad_norms, self.generator, self.parts = 0, {}, {}, generator, parts
+        self.step, self.latest, self.grad_norms, self.generator, self.parts = 0, {}, {}, generator, parts
         self.__dict__.update(parts)  # run.student is run.parts["student"]
+
+    @property
+    def losses(self):
+        """The losses of the latest update by name, as numbers (asking waits until the device has them)."""
+        return {name: value.item() for name, value in self.latest.items()}
 
     def state_dict(self):
         """Everything the run needs to go on bit for bit. Raises FloatingPointError where weights are not finite."""
@@ -687,8 +711,15 @@ class State:
         self.step = saved["step"]
         self.generator.set_state(saved["generator"].cpu())
 
-    def check(self):
-        """Raise FloatingPointError, naming the loss and the step, if a loss is not finite."""
+    def record(self, losses, also=False):
+        """Keep the losses of this update, beside those it has with `also`.
+
+        Raises FloatingPointError, naming the loss and the step, if one is not finite; on a GPU, which must not
+        be kept waiting for a look at every update, this is noticed at every 50th.
+        """
+        self.latest = (self.latest if also else {}) | {name: value.detach() for name, value in losses.items()}
+        if self.generator.device.type == "cuda" and self.step % 50:
+            return
         for name, value in self.losses.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} loss became {value} at step {self.step + 1}")
@@ -728,8 +759,7 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
         xt = interpolate(x0, x1, t)
         v = net(xt, t, cond)
         loss = squared(v, oracle(xt, t, cond)) if oracle is not None else flow_matching_loss(v, x0, x1)
-        run.losses = {"flow": loss.item()}
-        run.check()
+        run.record({"flow": loss})
         run.opt.zero_grad()
         loss.backward()
         run.opt.step()
@@ -740,7 +770,7 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
 
 def distill(
     teacher, disc, batch, generator, schedule=SCHEDULES["paper"], student=None, *,
-    resume=None, norms_every=0, loss_function=distill_losses,
+    resume=None, norms_every=0, loss_function=distill_losses, prepare=None,
 ):  # fmt: skip
     """Self-corrected flow distillation. Yields a State per update, with .student, .target, .ema, .disc, .losses.
 
@@ -751,6 +781,7 @@ def distill(
     resume         an earlier State's `state_dict()`.
     norms_every    every so many updates, measure the gradient norm of each weighted loss (.grad_norms).
     loss_function  `distill_losses`, or your function around it.
+    prepare        called once with each network that will run, for example nn.Module.compile.
     Raises ValueError for contradictory phases, and for a teacher without weights and no student.
     """
     check_schedule(schedule)
@@ -769,6 +800,8 @@ def distill(
     run.loss_function = loss_function
     if resume:
         run.load_state_dict(resume)
+    for net in (run.teacher, student, target, frozen, disc) if prepare else ():
+        prepare(net)
     start = 0
     for phase in schedule:
         run.source = {"student": student, "ema": ema, "frozen": frozen}[phase.self_source]
@@ -796,8 +829,7 @@ def distill_step(run, phase, i, batch, norms_every=0):
     run.disc.requires_grad_(False)  # the student's step must not touch the critic
     weights = phase.weights(i)
     losses, fake = run.loss_function(run, x0, x1, t, phase, weights, run.generator, cond)
-    run.losses = {k: v.item() for k, v in losses.items()}
-    run.check()
+    run.record(losses)
     measure = norms_every and run.step % norms_every == 0
     run.grad_norms = {k: grad_norm(weights[k] * v, run.student) for k, v in losses.items()} if measure else {}
     run.opt.zero_grad()
@@ -811,8 +843,7 @@ def distill_step(run, phase, i, batch, norms_every=0):
         fake = fake.detach()  # the critic's step must not touch the student
         real, cond = x0[: len(fake)], head(cond, len(fake))
         losses = disc_losses(run.disc, real, fake, phase, penalise=i % phase.r1_every == 0, cond=cond)
-        run.losses |= {k: v.item() for k, v in losses.items()}
-        run.check()
+        run.record(losses, also=True)
         run.opt_disc.zero_grad()
         sum(losses.values()).backward()
         run.opt_disc.step()
@@ -824,7 +855,8 @@ def disc_losses(disc, real, fake, phase, penalise=True, cond=None):
     losses = {"disc": discriminator_loss(*logits, phase.adversarial)}
     if phase.r1 > 0 and penalise:
         real = real.detach().requires_grad_()  # R1 is a gradient with respect to the data
-        losses["r1"] = phase.r1 * phase.r1_every * r1_penalty(disc(real, cond), real)
+        # A compiled graph has no second derivative, and `forward` is never compiled.
+        losses["r1"] = phase.r1 * phase.r1_every * r1_penalty(disc.forward(real, cond), real)
     return losses
 
 
@@ -968,3 +1000,26 @@ def sliced_w2(x, y, projections=200, generator=None):
     directions = F.normalize(torch.randn(x.shape[1], projections, generator=generator), dim=0).to(x)
     a, b = (x @ directions).sort(0).values, (y @ directions).sort(0).values  # (N,projections)
     return (a - b).square().mean().sqrt().item()
+
+
+def frechet_distance(x, y):
+    """‖m−m′‖² + tr(C + C′ − 2(CC′)^½) of Gaussians fitted to two samples of features (N,d) and (M,d) (Heusel et al., 2017).
+
+    Raises ValueError for no more rows than dimensions, where the covariances are singular.
+    """
+    few = min(len(x), len(y))
+    require(few > x.shape[1], f"{few} samples are too few for a Fréchet distance in {x.shape[1]} dimensions")
+    (m, c), (n, d) = ((a.double().mean(0), torch.cov(a.double().T)) for a in (x, y))
+    values, vectors = torch.linalg.eigh(c)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C^½; then tr (CC′)^½ = tr (C^½ C′ C^½)^½
+    cross = torch.linalg.eigvalsh(root @ d @ root).clamp(min=0).sqrt().sum()
+    return ((m - n).square().sum() + c.trace() + d.trace() - 2 * cross).item()
+
+
+def knn_coverage(real, fake, k=5, rows=500):
+    """Share of real rows (N,d) with a fake one (M,d) within the distance of their k-th real neighbour (Naeem et al., 2020)."""
+    covered = 0
+    for part in real.split(rows):
+        radius = torch.cdist(part, real).kthvalue(k + 1, 1).values  # the nearest is the row itself
+        covered += (torch.cdist(part, fake).min(1).values <= radius).sum().item()
+    return covered / len(real)

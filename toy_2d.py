@@ -206,9 +206,11 @@ def cli(argv, description, *settings):
             how = dict(dest=f"{cls.__name__}.{f.name}", default=argparse.SUPPRESS, help=about)
             if isinstance(f.default, bool):
                 group.add_argument(flag, action="store_true", **how)
-            else:
-                how |= dict(type=type(f.default), choices=choices, metavar="|".join(choices or [f.name.upper()]))
-                group.add_argument(flag, nargs="+" if cls is Phase else None, **how)
+                continue
+            several = isinstance(f.default, tuple)
+            kind = type(f.default[0] if several else f.default)
+            how |= dict(type=kind, choices=choices, metavar="|".join(choices or [f.name.upper()]))
+            group.add_argument(flag, nargs="+" if several or cls is Phase else None, **how)
     given = vars(parser.parse_args(argv))
     return [{f.name: given[k] for f in fields(c) if (k := f"{c.__name__}.{f.name}") in given} for c in settings]
 
@@ -220,16 +222,20 @@ def configure(argv, description=""):
     if run.teacher == "exact":  # an oracle has no weights to start a student from: a short regression on it has
         teacher = {"teacher_steps": 1000, **teacher}
     teacher = TeacherSettings(**teacher)
-    schedule = scflow.SCHEDULES[run.preset]
-    if len(phase.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
-        schedule = scflow.rescale(schedule, phase.pop("steps")[0])
-    n = len(schedule)
-    for name, values in phase.items():
+    return run, teacher, revise(scflow.SCHEDULES[run.preset], phase)
+
+
+def revise(schedule, changes):
+    """A schedule with some fields changed, {name: one value, or one for each phase}. Raises ValueError if they clash."""
+    n, changes = len(schedule), dict(changes)
+    if len(changes.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
+        schedule = scflow.rescale(schedule, changes.pop("steps")[0])
+    for name, values in changes.items():
         require(len(values) in (1, n), f"{name} takes one value, or one for each of {n} phases, not {len(values)}")
-    changes = [{name: values[i % len(values)] for name, values in phase.items()} for i in range(n)]
-    schedule = tuple(replace(p, **change) for p, change in zip(schedule, changes))
+    each = [{name: values[i % len(values)] for name, values in changes.items()} for i in range(n)]
+    schedule = tuple(replace(phase, **change) for phase, change in zip(schedule, each))
     scflow.check_schedule(schedule)
-    return run, teacher, schedule
+    return schedule
 
 
 # ═══ 3. The run folder ══════════════════════════════════════════════════════════════════════
@@ -358,8 +364,8 @@ def stage(name, run, folder, journal, net, start, total, **extra):
     def save(state):
         kept = {"rows": journal.rows, "frames": journal.frames}
         scflow.save(path, state.ema, kind=name, state=state.state_dict(), journal=kept, **extra)
-        names = ["flow", *scflow.LOSSES, "disc", "r1", *(f"norm_{k}" for k in scflow.LOSSES)]
-        write_csv(folder / "log.csv", ["stage", "step", *names], journal.rows)  # losses unweighted, norms weighted
+        names = dict.fromkeys(name for row in journal.rows for name in row)
+        write_csv(folder / "log.csv", names, journal.rows)  # losses unweighted, norms weighted
 
     done = content["state"]["step"] if content else 0
     for state in follow(start(content and content["state"]), total, name, save, run.save_every, run.quiet, done):
