@@ -493,6 +493,16 @@ class LatentDiscriminator(nn.Module):
             h = pool(block(h))
         return self.head(F.leaky_relu(self.last(h), 0.2).flatten(1))[:, 0]
 
+    def flops(self):
+        """Multiply-adds of the convolutions of one forward pass of one sample, counted twice each."""
+        (c, h, w), width, total = self.arch["shape"], self.arch["width"], 0
+        total += 2 * 9 * c * width * h * w
+        for block in [*(stage[0] for stage in self.stages), self.last]:
+            a, b = block.conv1.in_channels, block.conv1.out_channels
+            total += 2 * h * w * b * (9 * a + 9 * b + a * (a != b))
+            h, w = (h, w) if block is self.last else ((h + 1) // 2, (w + 1) // 2)
+        return total + 2 * self.head.in_features
+
 
 class DiscBlock(nn.Module):
     """Two 3×3 convolutions around a 1×1 skip, pre-activated."""
@@ -860,6 +870,19 @@ def disc_losses(disc, real, fake, phase, penalise=True, cond=None):
     return losses
 
 
+def distill_flops(net, disc, phase, step):
+    """FLOPs per row of update `step` of a phase, of which pinned rows are a part; a backward pass costs two forward."""
+    w, pinned, own = phase.weights(step), phase.at_one, phase.self_source == "student"
+    terms = (w["consistency"] > 0) + (w["bi"] > 0)
+    shared = w["adv"] > 0 and w["self"] > 0 and not own and pinned > 0
+    one_step = 0 if shared else 3 if w["adv"] > 0 else int(w["self"] > 0 and own)
+    passes = (1 + terms + 3) * (terms > 0) + one_step + (3 + (not own)) * (w["self"] > 0)
+    judged = (pinned if shared else 1) * (
+        w["adv"] > 0
+    )  # by the critic, forward and back to x̂₀; then it learns from two
+    return passes * net.flops() + judged * (2 + 2 * 3) * disc.flops()
+
+
 def grad_norm(loss, net):
     """Euclidean norm of the gradient of a scalar with respect to the network's parameters."""
     grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
@@ -1003,7 +1026,7 @@ def sliced_w2(x, y, projections=200, generator=None):
 
 
 def frechet_distance(x, y):
-    """‖m−m′‖² + tr(C + C′ − 2(CC′)^½) of Gaussians fitted to two samples of features (N,d) and (M,d) (Heusel et al., 2017).
+    """‖m−m′‖² + tr(C + C′ − 2(CC′)^½) of Gaussians fitted to features (N,d) and (M,d) (Heusel et al., 2017).
 
     Raises ValueError for no more rows than dimensions, where the covariances are singular.
     """
@@ -1016,10 +1039,50 @@ def frechet_distance(x, y):
     return ((m - n).square().sum() + c.trace() + d.trace() - 2 * cross).item()
 
 
-def knn_coverage(real, fake, k=5, rows=500):
-    """Share of real rows (N,d) with a fake one (M,d) within the distance of their k-th real neighbour (Naeem et al., 2020)."""
-    covered = 0
-    for part in real.split(rows):
-        radius = torch.cdist(part, real).kthvalue(k + 1, 1).values  # the nearest is the row itself
-        covered += (torch.cdist(part, fake).min(1).values <= radius).sum().item()
-    return covered / len(real)
+def neighbours(x, y, k=1, rows=500):
+    """Distance (N,) from each row of x (N,d) to its k-th nearest row of y (M,d), and that row's index (N,)."""
+    values, indices = zip(*(torch.cdist(part, y).kthvalue(k, 1) for part in x.split(rows)))
+    return torch.cat(values), torch.cat(indices)
+
+
+def knn_coverage(real, fake, k=5):
+    """Share of real rows (N,d) that have a fake one (M,d) nearer than their k-th real neighbour (Naeem et al., 2020)."""
+    radius = neighbours(real, real, k + 1)[0]  # the nearest is the row itself
+    return (neighbours(real, fake)[0] <= radius).double().mean().item()
+
+
+def picture_features(pictures):
+    """What is compared of pictures uint8 (B,3,H,W): thumbnails uint8 (B,3,32,32), and textures (B,192).
+
+    A texture is the mean and the deviation over the picture of 3×32 random convolutions with a fixed seed.
+    """
+    x, weights, texture = pictures.float() / 255, torch.Generator().manual_seed(0), []
+    thumbs, h = (255 * F.adaptive_avg_pool2d(x, 32)).round().byte(), 2 * x - 1
+    for channels, side in ((3, 5), (32, 3), (32, 3)):
+        weight = torch.randn(32, channels, side, side, generator=weights) * math.sqrt(2 / (channels * side**2))
+        h = F.relu(F.conv2d(h, weight.to(h), stride=2, padding=side // 2))
+        texture += [h.mean((2, 3)), h.std((2, 3))]
+    return thumbs.cpu(), torch.cat(texture, 1).cpu()
+
+
+class PictureMeasure:
+    """Fréchet distances to a reference set of pictures in two spaces fixed in advance, without a download.
+
+    "layout" is 64 principal components of the thumbnails (of the reference), "texture" as in `picture_features`.
+    """
+
+    def __init__(self, thumbs, texture):
+        flat = thumbs.flatten(1).float() / 255
+        self.mean = flat.mean(0)
+        self.basis = torch.linalg.eigh(torch.cov(flat.T))[1][:, -64:]  # ascending: the largest are last
+        self.reference = self.spaces(thumbs, texture)
+
+    def spaces(self, thumbs, texture):
+        """The features (N,64) and (N,192) of other pictures, by the name of the space."""
+        return {"layout": (thumbs.flatten(1).float() / 255 - self.mean) @ self.basis, "texture": texture}
+
+    def __call__(self, thumbs, texture):
+        """{"layout", "texture": Fréchet distance, "coverage": share of the reference that is covered in layout}."""
+        ours = self.spaces(thumbs, texture)
+        row = {name: frechet_distance(ours[name], self.reference[name]) for name in ours}
+        return row | {"coverage": knn_coverage(self.reference["layout"], ours["layout"])}
