@@ -182,11 +182,10 @@ class TinyAutoencoder(nn.Module):
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         down, up = [conv(3, width), TinyBlock(width)], [nn.Identity(), conv(channels, width), nn.ReLU()]
         for level in range(3):  # pools stand at the lowest resolution
-            down += [
-                conv(width, width, stride=2, bias=False),
-                *(TinyBlock(width, pool and level == 2) for _ in range(3)),
+            down += [conv(width, width, stride=2, bias=False)] + [
+                TinyBlock(width, pool and level == 2) for _ in range(3)
             ]
-            up += [*(TinyBlock(width, pool and level == 0) for _ in range(3))]
+            up += [TinyBlock(width, pool and level == 0) for _ in range(3)]
             up += [nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
         self.encoder = nn.Sequential(*down, conv(width, channels))
         self.decoder = nn.Sequential(*up, TinyBlock(width), conv(width, 3))
@@ -230,13 +229,10 @@ class Diffusers(nn.Module):
             raise ValueError(f"--autoencoder {source} needs a package: pip install 'diffusers>=0.30'") from None
         self.arch = dict(name="Diffusers", source=str(source))
         try:
-            kind = diffusers.AutoencoderKL.load_config(source).get("_class_name")
-            require(
-                kind in ("AutoencoderKL", "AutoencoderTiny"), f"{source} holds a {kind}, not an AutoencoderKL or …Tiny"
-            )
-            self.vae = getattr(diffusers, kind).from_pretrained(source)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"no autoencoder {source}, here or on the hub: {str(error).splitlines()[0]}") from None
+            tiny = "Tiny" in diffusers.AutoencoderKL.load_config(source)["_class_name"]
+            self.vae = (diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL).from_pretrained(source)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise ValueError(f"no AutoencoderKL or AutoencoderTiny at {source}: {str(error).splitlines()[0]}") from None
         self.factor = 64 // self.encode(torch.zeros(1, 3, 64, 64)).shape[-1]
 
     def state_dict(self, *args, **kwargs):
@@ -262,10 +258,8 @@ scflow.NETWORKS |= {c.__name__: c for c in (PatchPCA, TinyAutoencoder, Diffusers
 
 def autoencoder(name, size, channels):
     """The autoencoder that `--autoencoder` names: pca, none, the prefix of a TAESD pair, or a diffusers source."""
-    if name == "pca":
-        net = PatchPCA(8, channels)
-    elif name == "none":
-        net = PatchPCA(1, 3)
+    if name in ("pca", "none"):
+        net = PatchPCA(8, channels) if name == "pca" else PatchPCA(1, 3)
     else:
         tiny = any(os.path.exists(f"{name}_{half}.pth") for half in ("encoder", "decoder"))
         net = TinyAutoencoder.read(name) if tiny else Diffusers(name)
@@ -281,15 +275,14 @@ class Device:
     """Where it is computed."""
 
     device: str = option("", "cpu, cuda or mps [the best there is]")
-    quiet: bool = option(False, "no progress bar and no estimate")
 
     def __post_init__(self):
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         object.__setattr__(self, "device", self.device or best)
-        try:
-            torch.Generator(self.device)
-        except (RuntimeError, AssertionError):
-            raise ValueError(f"no device {self.device!r} here: use --device cpu") from None
+        toy_2d.check_device(self.device)
+        for name, value in vars(self).items():
+            require(type(value) is not int or value > 0 or name == "seed", f"{name} must be positive, not {value}")
+        require(not (getattr(self, "resume", 0) and self.overwrite), "--resume and --overwrite contradict each other")
 
 
 @dataclass(frozen=True)
@@ -298,10 +291,7 @@ class Folder(Device):
 
     resume: bool = option(False, "go on with an interrupted run (give the same command)")
     overwrite: bool = option(False, "start afresh in a folder that exists")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
+    quiet: bool = option(False, "no progress bar and no estimate")
 
 
 @dataclass(frozen=True)
@@ -315,10 +305,6 @@ class Encode(Folder):
     flips: bool = option(False, "encode the mirror image of every picture too")
     batch: int = option(64, "pictures encoded at a time")
     out: str = option("latents", "latents folder")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.size >= 8 and self.batch > 0, "size must be at least 8, and batch positive")
 
 
 class Pictures:
@@ -363,15 +349,13 @@ def encode_command(argv):
     fixed = {k: getattr(asked, k) for k in ("images", "autoencoder", "size", "channels", "flips")}
     folder = open_folder(asked.out, "latents", asked.resume, asked.overwrite, fixed)
     meta = write_latents(folder, net, pictures.names, partial(pictures.read_all, size=asked.size), asked)
-    skipped = "".join(f"\n  skipped {name}: {reason}" for name, reason in meta["skipped"])
-    print(
-        f"{folder}: {len(meta['sources'])} pictures, latents {tuple(meta['shape'])}; {len(meta['skipped'])} skipped{skipped}"
-    )
+    count, skipped = len(meta["sources"]), "".join(f"\n  {name}: {reason}" for name, reason in meta["skipped"])
+    print(f"{folder}: {count} pictures as latents {tuple(meta['shape'])}, {len(meta['skipped'])} skipped{skipped}")
 
 
 @torch.no_grad()  # nothing is trained here
 def write_latents(folder, net, names, read, asked):
-    """Encode the pictures `read(names) -> [uint8 (3,S,S) or reason]` as an Encode asks, from where meta.pt ends; returns it."""
+    """Encode the pictures `read(names) -> [uint8 (3,S,S) or reason]`, from where meta.pt ends on; returns the latter."""
     path, copies, size = folder / "meta.pt", 1 + asked.flips, asked.size
     meta = dict(size=size, flips=asked.flips, done=0, sources=[], skipped=[], complete=False)
     if path.exists():
@@ -409,10 +393,9 @@ def write_latents(folder, net, names, read, asked):
                 scflow.save(path, net, **meta)
     count, first = len(meta["sources"]), "".join(f"; {name}: {reason}" for name, reason in meta["skipped"][:1])
     require(count >= 20, f"only {count} of {len(names)} pictures can be used, and 20 are needed{first}")
-    mean, square = 0, 0  # per channel
-    for part in torch.from_numpy(arrays[0][: copies * count]).split(1024):
-        share = len(part) / (copies * count)
-        mean, square = (a + share * b.mean((0, 2, 3)) for a, b in ((mean, part.double()), (square, part.double() ** 2)))
+    rows = torch.from_numpy(arrays[0][: copies * count])
+    sums = [[(part.double() ** power).sum((0, 2, 3)) for power in (1, 2)] for part in rows.split(1024)]
+    mean, square = (sum(terms) / rows[:, 0].numel() for terms in zip(*sums))  # per channel
     std = (square - mean**2).clamp(min=0).sqrt()
     require((std > 1e-6).all(), "a channel of the latents is constant: use fewer --channels, or other pictures")
     meta |= dict(mean=mean.float()[:, None, None], std=std.float()[:, None, None], complete=True)
@@ -455,26 +438,20 @@ class Latents:
         require(path.is_file(), f"{folder or 'no --latents'} is not a latents folder (it holds no meta.pt): run encode")
         self.meta = meta = scflow.read(path)
         require(meta.get("complete"), f"{folder} is unfinished: give the same encode command with --resume")
-        self.shape, self.sources, self.copies, self.arrays = (
-            tuple(meta["shape"]),
-            meta["sources"],
-            1 + meta["flips"],
-            {},
-        )
+        self.shape, self.copies, self.arrays, count = tuple(meta["shape"]), 1 + meta["flips"], {}, len(meta["sources"])
         for name, _, n, shape in layout(meta):
-            file, n = Path(folder, f"{name}.npy"), n * len(self.sources)
+            file = Path(folder, f"{name}.npy")
             try:
-                array = np.load(file, mmap_mode="r")
+                self.arrays[name] = array = np.load(file, mmap_mode="r")
             except (OSError, ValueError, EOFError):
                 raise ValueError(f"{file} is missing or damaged: run encode again") from None
-            fits = array.shape[1:] == shape and len(array) >= n
-            require(fits, f"{file} has shape {array.shape}, not {(n, *shape)} as meta.pt says: run encode again")
-            self.arrays[name] = array
-        order = torch.randperm(len(self.sources), generator=torch.Generator().manual_seed(0))
+            fits = array.shape[1:] == shape and len(array) >= n * count
+            require(fits, f"{file} has shape {array.shape}, not {(n * count, *shape)}: run encode again")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         self.held_out, self.train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
 
     def normalised(self, which, device="cpu", mirrored=False):
-        """The latents of the pictures `which` (N,), float32 (N,C,h,w); with their mirror images, if there are, (2N,…)."""
+        """The latents of the pictures `which` (N,) as float32 (N,C,h,w); `mirrored`: with mirror images, if there are."""
         rows = (self.copies * which[:, None] + torch.arange(self.copies if mirrored else 1)).flatten()
         z = torch.from_numpy(self.arrays["latents"][rows.numpy()]).to(device).float()
         require(z.isfinite().all(), f"{self.folder}/latents.npy holds values that are not finite: run encode again")
@@ -488,11 +465,9 @@ class Latents:
         return lambda n, generator: (z[torch.randint(len(z), (n,), generator=generator, device=z.device)], None)
 
     def require_codec(self, codec, owner):
-        """Raise ValueError unless these latents were made by the autoencoder, and have the statistics, of a checkpoint."""
+        """Raise ValueError unless these latents have the autoencoder and the statistics of a checkpoint."""
         same = Codec(self.meta).hash == codec.hash
-        require(
-            same, f"{self.folder} was made by another autoencoder, or of other pictures, than {owner} was trained on"
-        )
+        require(same, f"{self.folder} was made by another autoencoder, or of other pictures, than {owner} learned from")
 
     def originals(self, which):
         """The `picture_features` of the original pictures."""
@@ -535,11 +510,6 @@ class Run(Folder):
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "yes", "no"))
     save_every: int = option(500, "updates between checkpoints")
     sheet_every: int = option(2000, "updates between sheets of samples")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("patch", "save_every", "sheet_every"):
-            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
 
     def place(self, net):
         """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32."""
@@ -587,14 +557,12 @@ class Log:
     def __init__(self, run, rows, plan, nets, draw):
         self.rows, self.frames, self.run, self.plan, self.draw, self.clock = rows, [], run, plan, draw, None
         self.rate = matmul_rate(run.device)
-        hours = sum(math.prod(part) for part in plan) / (0.4 * self.rate) / 3600
+        minutes = sum(math.prod(part) for part in plan) / (0.4 * self.rate) / 60
         gb = 4e-9 * sum(p.numel() for net in nets for p in net.parameters())
+        how = f"about {minutes:.2g} minutes, if 40% of this device's {self.rate / 1e12:.2g} TFLOP/s are reached"
+        what = f"{gb:.2g} GB on disk, and in memory without activations (lower the batch if they do not fit)"
         if not run.quiet:
-            print(
-                f"{' + '.join(str(part[0]) for part in plan)} updates: about {60 * hours:.2g} minutes, if 40% of this "
-                f"device's {self.rate / 1e12:.2g} TFLOP/s are reached; {gb:.2g} GB in memory, activations not counted "
-                f"(lower the batch if they do not fit), and as much on disk"
-            )
+            print(f"{' + '.join(str(part[0]) for part in plan)} updates: {how}; {what}")
 
     def note(self, stage, state, total):
         """Record a State of the teacher or the student."""
@@ -805,7 +773,8 @@ def features_of(pictures, batch=250):
 
 def report(metrics):
     """The measures of a run as a Markdown table."""
-    floor, names = metrics["floor"], ["layout", "texture", "coverage", "gap", "novelty", "fid"]
+    floor, names = metrics["floor"], ["layout", "texture", "coverage", "gap", "novelty"]
+    names += ["fid"] * ("fid" in metrics["rows"][-1])
     shown = ", ".join(f"{name} {mean:.4f} ± {sd:.4f}" for name, (mean, sd) in floor.items())
     head = f"{metrics['samples']} samples against {metrics['held_out']} held-out pictures, seed {metrics['seed']}; "
     head += f"{metrics['machine']}. Fréchet distances less the floor that as many training pictures set: {shown}.\n"
@@ -823,7 +792,7 @@ def inception_fid(pictures, data, images):
         from torch_fidelity import calculate_metrics
     except ImportError:
         raise ValueError("--fid needs a package: pip install torch-fidelity") from None
-    names = [data.sources[i] for i in data.held_out.tolist()]
+    names = [data.meta["sources"][i] for i in data.held_out.tolist()]
     real = torch.stack(Pictures(images).read_all(names, data.meta["size"]))
     one, two = (torch.utils.data.Subset(x, range(len(x))) for x in (pictures, real))
     return calculate_metrics(input1=one, input2=two, fid=True, verbose=False)["frechet_inception_distance"]
@@ -982,11 +951,11 @@ def bench_command(argv):
     table = "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *cells))
     text = f"""`{shlex.join(["python", "celeba_latent.py", "bench", *argv])}`, {toy_2d.machine()}
 
-Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; they moved by {drift:.1%} meanwhile\
-{", MORE THAN 3%: run again on a quiet machine" if drift > 0.03 else ""}. ratio: the naive fp32 time over this one, median
-and 10th and 90th percentile of {2 * bench.rounds} turns. share: of the matrix product's rate. gb: memory beside the other
-variants. loss, gradient: relative difference from naive fp32 in the first update. start_up: seconds of that update,
-compilation included; repaid: after so many updates, against bf16 eager.
+Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; they moved by {drift:.1%} meanwhile
+{"(MORE THAN 3%: run again on a quiet machine)" * (drift > 0.03)}. ratio: the naive fp32 time over this one, median,
+10th and 90th percentile of {2 * bench.rounds} turns. share: of the matrix product's rate. gb: peak memory, less that of the
+other variants. loss, gradient: relative difference from naive fp32 in the first update. start_up: seconds of that
+update, compilation included; repaid: after so many updates, against bf16 eager.
 
 {table}"""
     Path(bench.out).parent.mkdir(parents=True, exist_ok=True)

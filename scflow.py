@@ -877,9 +877,7 @@ def distill_flops(net, disc, phase, step):
     shared = w["adv"] > 0 and w["self"] > 0 and not own and pinned > 0
     one_step = 0 if shared else 3 if w["adv"] > 0 else int(w["self"] > 0 and own)
     passes = (1 + terms + 3) * (terms > 0) + one_step + (3 + (not own)) * (w["self"] > 0)
-    judged = (pinned if shared else 1) * (
-        w["adv"] > 0
-    )  # by the critic, forward and back to x̂₀; then it learns from two
+    judged = (pinned if shared else 1) * (w["adv"] > 0)  # forward and back to x̂₀; then the critic learns
     return passes * net.flops() + judged * (2 + 2 * 3) * disc.flops()
 
 

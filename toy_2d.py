@@ -181,10 +181,15 @@ class Run:
         require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
         good = all(n.isdecimal() and int(n) > 0 for n in self.nfe.split(","))
         require(good, f"nfe must be positive whole numbers separated by commas, not {self.nfe!r}")
-        try:
-            torch.Generator(self.device)
-        except (RuntimeError, AssertionError):
-            raise ValueError(f"no device {self.device!r} here: use --device cpu") from None
+        check_device(self.device)
+
+
+def check_device(name):
+    """Raise ValueError if there is no such device here."""
+    try:
+        torch.Generator(name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no device {name!r} here: use --device cpu") from None
 
 
 # What does not change the numbers may differ between a run and its resumption.
@@ -226,7 +231,7 @@ def configure(argv, description=""):
 
 
 def revise(schedule, changes):
-    """A schedule with some fields changed, {name: one value, or one for each phase}. Raises ValueError if they clash."""
+    """A schedule with fields changed, {name: [one value, or one for each phase]}. Raises ValueError if they clash."""
     n, changes = len(schedule), dict(changes)
     if len(changes.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
         schedule = scflow.rescale(schedule, changes.pop("steps")[0])
