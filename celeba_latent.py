@@ -15,12 +15,8 @@ config.json, teacher.pt, distill.json, student.pt, log.csv, metrics.json and she
 """
 
 import hashlib
-import io
-import itertools
 import json
 import math
-import os
-import shlex
 import sys
 import time
 import zipfile
@@ -31,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from tqdm import tqdm
@@ -97,8 +92,7 @@ def draw_faces(traits, size=32):
     falls = ellipse(x, y, zero, 0.1 + 0.45 * length, rx + wide + 0.05 * length, 0.25 + 0.45 * length, edge)
     paint(falls * (4 * length - 0.6).clamp(0, 1), hair)
     paint(ellipse(x, y, zero, zero + 0.62, zero + 0.2, zero + 0.4, edge), 0.82 * skin)  # neck
-    light = between(-0.32, 0.32)
-    paint(ellipse(x, y, zero, zero, rx, ry, edge), skin * (1 + light * x - 0.1 * y)[:, None])  # head
+    paint(ellipse(x, y, zero, zero, rx, ry, edge), skin * (1 + between(-0.32, 0.32) * x - 0.1 * y)[:, None])  # head
     hairline = parting * x + 0.5 * x**2 - 1.15 * fringe * ry
     paint(crown * (0.5 + (hairline - y) / edge).clamp(0, 1), 0.92 * hair)
 
@@ -168,7 +162,7 @@ class TinyBlock(nn.Module):
     def forward(self, x):
         """(B,width,H,W) → the same shape."""
         x = x if self.pool is None else x + self.pool(x)
-        return F.relu(x + self.conv(x))
+        return torch.relu(x + self.conv(x))
 
 
 class TinyAutoencoder(nn.Module):
@@ -194,8 +188,6 @@ class TinyAutoencoder(nn.Module):
     def read(cls, prefix):
         """The pair PREFIX_encoder.pth and PREFIX_decoder.pth. Raises ValueError if they are not of the family."""
         paths = [f"{prefix}_{half}.pth" for half in ("encoder", "decoder")]
-        for path in paths:
-            require(os.path.isfile(path), f"no file {path}, the other half of the pair")
         try:
             encoder, decoder = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
             channels, width = encoder["14.weight"].shape[:2]
@@ -203,7 +195,7 @@ class TinyAutoencoder(nn.Module):
             net.encoder.load_state_dict(encoder)
             net.decoder.load_state_dict(decoder)
         except Exception:  # on foreign bytes the unpickler raises nearly anything
-            raise ValueError(f"{' and '.join(paths)} are damaged, or no tiny autoencoder of the TAESD family") from None
+            raise ValueError(f"{' and '.join(paths)} are not both there, or no pair of the TAESD family") from None
         return net
 
     def encode(self, pictures):
@@ -230,27 +222,22 @@ class Diffusers(nn.Module):
         self.arch = dict(name="Diffusers", source=str(source))
         try:
             tiny = "Tiny" in diffusers.AutoencoderKL.load_config(source)["_class_name"]
-            self.vae = (diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL).from_pretrained(source)
+            vae = (diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL).from_pretrained(source)
         except (OSError, RuntimeError, KeyError) as error:
             raise ValueError(f"no AutoencoderKL or AutoencoderTiny at {source}: {str(error).splitlines()[0]}") from None
+        self.vae = [
+            vae.eval().requires_grad_(False)
+        ]  # in a list: a checkpoint names the source, and holds no copy of it
         self.factor = 64 // self.encode(torch.zeros(1, 3, 64, 64)).shape[-1]
 
-    def state_dict(self, *args, **kwargs):
-        """Empty: a checkpoint names the source, and does not carry a copy of a third of a gigabyte."""
-        return {}
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """Nothing to do: the weights were read from the source."""
-
-    @torch.no_grad()  # it is used, not trained
     def encode(self, pictures):
         """(B,3,S,S) → (B,C,h,w), the mode of the posterior."""
-        out = self.vae.encode(2 * pictures - 1)
+        out = self.vae[0].to(pictures.device).encode(2 * pictures - 1)
         return out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
 
     def decode(self, latents):
         """(B,C,h,w) → (B,3,S,S)."""
-        return ((self.vae.decode(latents).sample + 1) / 2).clamp(0, 1)
+        return ((self.vae[0].to(latents.device).decode(latents).sample + 1) / 2).clamp(0, 1)
 
 
 scflow.NETWORKS |= {c.__name__: c for c in (PatchPCA, TinyAutoencoder, Diffusers)}  # for scflow.load
@@ -261,7 +248,7 @@ def autoencoder(name, size, channels):
     if name in ("pca", "none"):
         net = PatchPCA(8, channels) if name == "pca" else PatchPCA(1, 3)
     else:
-        tiny = any(os.path.exists(f"{name}_{half}.pth") for half in ("encoder", "decoder"))
+        tiny = any(Path(f"{name}_{half}.pth").exists() for half in ("encoder", "decoder"))
         net = TinyAutoencoder.read(name) if tiny else Diffusers(name)
     require(size % net.factor == 0, f"--size {size} must be a multiple of {net.factor} for this autoencoder")
     return net.eval().requires_grad_(False)
@@ -325,7 +312,7 @@ class Pictures:
         from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(self.zip.read(name)) if self.zip else self.path / name) as image:
+            with Image.open(self.zip.open(name) if self.zip else self.path / name) as image:
                 image = image.convert("RGB")
         except Exception as error:  # broken files raise nearly anything
             return f"cannot be read ({type(error).__name__})"
@@ -355,7 +342,7 @@ def encode_command(argv):
 
 @torch.no_grad()  # nothing is trained here
 def write_latents(folder, net, names, read, asked):
-    """Encode the pictures `read(names) -> [uint8 (3,S,S) or reason]`, from where meta.pt ends on; returns the latter."""
+    """Encode the pictures `read(names) -> [uint8 (3,S,S) or reason]` from where meta.pt ends; returns its content."""
     path, copies, size = folder / "meta.pt", 1 + asked.flips, asked.size
     meta = dict(size=size, flips=asked.flips, done=0, sources=[], skipped=[], complete=False)
     if path.exists():
@@ -389,7 +376,7 @@ def write_latents(folder, net, names, read, asked):
             meta["skipped"] += [(name, x) for name, x in found if isinstance(x, str)]
             meta["done"] += len(chunk)
             bar.update(len(chunk))
-            if meta["done"] % (16 * asked.batch) < asked.batch:
+            if meta["done"] % (16 * asked.batch) < asked.batch:  # not every time: a long list of sources takes a while
                 scflow.save(path, net, **meta)
     count, first = len(meta["sources"]), "".join(f"; {name}: {reason}" for name, reason in meta["skipped"][:1])
     require(count >= 20, f"only {count} of {len(names)} pictures can be used, and 20 are needed{first}")
@@ -418,10 +405,8 @@ class Codec:
         self.net = scflow.build(content["arch"])
         self.net.load_state_dict(content["weights"])
         self.net.to(device).eval().requires_grad_(False)
-        digest = hashlib.sha256(json.dumps(content["arch"]).encode())
-        for part in (content["mean"], content["std"], *content["weights"].values()):
-            digest.update(part.cpu().contiguous().numpy().tobytes())
-        self.hash = digest.hexdigest()[:16]  # two codecs with the same one decode alike
+        numbers = (content["mean"], content["std"], *content["weights"].values())
+        self.hash = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in numbers)).hexdigest()[:16]
 
     @torch.no_grad()  # nothing is trained here
     def decode(self, latents, batch=128):
@@ -451,7 +436,7 @@ class Latents:
         self.held_out, self.train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
 
     def normalised(self, which, device="cpu", mirrored=False):
-        """The latents of the pictures `which` (N,) as float32 (N,C,h,w); `mirrored`: with mirror images, if there are."""
+        """The latents of the pictures `which` (N,) as float32 (N,C,h,w); `mirrored`: their mirror images too."""
         rows = (self.copies * which[:, None] + torch.arange(self.copies if mirrored else 1)).flatten()
         z = torch.from_numpy(self.arrays["latents"][rows.numpy()]).to(device).float()
         require(z.isfinite().all(), f"{self.folder}/latents.npy holds values that are not finite: run encode again")
@@ -478,22 +463,18 @@ class Latents:
 
 # Networks by size, and how long a teacher of that size is trained; 2.9, 33 and 130 million parameters.
 SIZES = {
-    "small": (dict(dim=192, depth=4, heads=4), dict(teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3)),
+    "small": (dict(dim=192, depth=4, heads=4), dict(teacher_steps=10000, teacher_batch=64, teacher_lr=1e-3)),
     "S": (dict(dim=384, depth=12, heads=6), dict(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4)),
     "B": (dict(dim=768, depth=12, heads=12), dict(teacher_steps=40000, teacher_batch=256, teacher_lr=2e-4)),
 }
 
+# The reference's settings for CelebA-HQ 256: a batch of 32 a GPU, 200 epochs of 27,000 pictures.
+PAPER = Phase(168750, 32, 2e-5, 1e-4, warmup_self=1000, warmup_bi=1000, adversarial="softplus", r1=1.0)
+# This project's schedule, distil first, straighten last (see scflow.SCHEDULES), with settings found on drawn faces.
 FIRST, LAST = scflow.SCHEDULES["two_phase"]
-PAPER = dict(lr=2e-5, lr_disc=1e-4, warmup_self=1000, warmup_bi=1000, adversarial="softplus", r1=1.0)
-SCHEDULES = {
-    # The reference's settings for CelebA-HQ 256: a batch of 32 a GPU, 200 epochs of 27,000 pictures.
-    "paper": (Phase(steps=168750, batch=32, **PAPER),),
-    # This project's: distil first, straighten last (see scflow.SCHEDULES).
-    "two_phase": (
-        replace(FIRST, steps=1600, batch=32, lr=1e-3, lr_disc=2e-4, delta=0.15, lambda_adv=0.01, lambda_bi=0.0),
-        replace(LAST, steps=400, batch=64, lr=5e-4, lr_disc=2e-4, lambda_adv=0.01),
-    ),
-}
+FIRST = replace(FIRST, steps=8000, batch=32, lr=1e-3, lr_disc=2e-4, delta=0.15, lambda_adv=0.01, lambda_bi=0.0)
+LAST = replace(LAST, steps=2000, batch=64, lr=5e-4, lr_disc=2e-4, lambda_adv=0.01)
+SCHEDULES = {"paper": (PAPER,), "two_phase": (FIRST, LAST)}
 
 
 @dataclass(frozen=True)
@@ -526,26 +507,6 @@ class Run(Folder):
             net.compile()
 
 
-def rate(device, work, amount, seconds=0.3):
-    """How much of `amount` a second a device gets done, when `work()` does it."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    for _ in range(2):  # the first time warms up
-        wait()
-        start, count = time.perf_counter(), 0
-        while (spent := time.perf_counter() - start) < seconds:
-            work()
-            wait()
-            count += 1
-    return amount * count / spent
-
-
-def matmul_rate(device):
-    """FLOP/s of a square matrix product in the precision that `auto` takes: the most that a network can hope for."""
-    side, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    return rate(device, lambda: a @ a, 2 * side**3)
-
-
 class Log:
     """The past of a run: every tenth update's losses and speed, and sheets of samples on the way.
 
@@ -556,7 +517,7 @@ class Log:
 
     def __init__(self, run, rows, plan, nets, draw):
         self.rows, self.frames, self.run, self.plan, self.draw, self.clock = rows, [], run, plan, draw, None
-        self.rate = matmul_rate(run.device)
+        self.rate = scflow.matmul_rate(run.device)
         minutes = sum(math.prod(part) for part in plan) / (0.4 * self.rate) / 60
         gb = 4e-9 * sum(p.numel() for net in nets for p in net.parameters())
         how = f"about {minutes:.2g} minutes, if 40% of this device's {self.rate / 1e12:.2g} TFLOP/s are reached"
@@ -568,8 +529,8 @@ class Log:
         """Record a State of the teacher or the student."""
         if state.step % 10 == 1:
             now, speed = time.perf_counter(), {}
-            ends = itertools.accumulate(part[0] for part in self.plan)
-            _, batch, flops = next(part for part, end in zip(self.plan, ends) if state.step <= end)
+            ends = np.cumsum([part[0] for part in self.plan])
+            _, batch, flops = self.plan[int((state.step > ends).sum())]
             if self.clock:
                 images = batch * (state.step - self.clock[1]) / (now - self.clock[0])
                 speed = dict(images_per_s=round(images, 1), mfu=round(images * flops / self.rate, 4))
@@ -604,15 +565,13 @@ def draw_sheet(path, columns):
     figure.savefig(path)
 
 
-def watch(path, data, codec, name, counts, columns):
-    """A function of the State that draws held-out pictures, `columns(noise)`, and the averaged network's samples."""
+def compare(path, data, codec, nets):
+    """A sheet of held-out pictures and of samples of networks {name: (network, numbers of steps)}, all of one noise."""
     noise = torch.randn(8, *data.shape, generator=torch.Generator().manual_seed(1))
-    columns = {"held out": codec.decode(data.normalised(data.held_out[:8]))} | columns(noise)
-
-    def draw(state):
-        draw_sheet(path, columns | {f"{name} {n}": generate(state.ema, noise, n, codec) for n in counts})
-
-    return draw
+    columns = {"held out": codec.decode(data.normalised(data.held_out[:8]))}
+    for name, (net, counts) in nets.items():
+        columns |= {f"{name} {n}": generate(net, noise, n, codec) for n in counts}
+    draw_sheet(path, columns)
 
 
 def teacher_command(argv):
@@ -626,7 +585,10 @@ def teacher_command(argv):
     net, batch = run.place(scflow.DiT(data.shape, run.patch, **dims)), data.batch(run.device)
     config = dict(latents=run.latents, codec=codec.hash, size=run.size, patch=run.patch, seed=run.seed)
     folder = open_folder(run.out, "faces", run.resume, run.overwrite, config | asdict(settings))
-    draw = watch(folder / "teacher.png", data, codec, "teacher", (1, 50), lambda noise: {})
+
+    def draw(state):
+        compare(folder / "teacher.png", data, codec, {"teacher": (state.ema, (1, 50))})
+
     log = Log(run, [], [(total, settings.teacher_batch, 3 * net.flops())], 4 * [net], draw)  # its average, two moments
     run.compiled(net)
     generator = torch.Generator(run.device).manual_seed(run.seed)
@@ -657,17 +619,18 @@ def distill_command(argv):
     torch.manual_seed(run.seed)  # initial weights of the critic
     teacher, disc = run.place(scflow.load(path)), run.place(scflow.LatentDiscriminator(data.shape))
 
-    def columns(noise):
-        return {f"teacher {n}": generate(teacher, noise, n, codec) for n in (1, 50)}
+    def draw(state):
+        nets = {"teacher": (teacher, (1, 50)), "student": (state.ema, (1, 2, 4))}
+        compare(folder / "student.png", data, codec, nets)
 
-    draw = watch(folder / "student.png", data, codec, "student", (1, 2, 4), columns)
     costs = [(p.steps, p.batch, scflow.distill_flops(teacher, disc, p, p.steps - 1)) for p in schedule]
     log = Log(run, content["journal"]["rows"], costs, [*7 * [teacher], *3 * [disc]], draw)
-    kept = {"teacher": {"arch": teacher.arch, "weights": teacher.state_dict()}, "codec": codec.content, "plan": plan}
     generator, batch = torch.Generator(run.device).manual_seed(run.seed + 1), data.batch(run.device)
     loop = partial(scflow.distill, teacher, disc, batch, generator, schedule, prepare=run.compiled)
     total = sum(p.steps for p in schedule)
-    toy_2d.stage("student", run, folder, log, teacher, lambda state: loop(resume=state), total, **kept)
+    toy_2d.stage(
+        "student", run, folder, log, teacher, lambda state: loop(resume=state), total, codec=codec.content, plan=plan
+    )
     print(f"{student} and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
 
@@ -678,9 +641,7 @@ def distill_command(argv):
 class Sample(Device):
     """What is sampled."""
 
-    out: str = option("runs/faces", "run folder")
-    weights: str = option("", "a teacher.pt or student.pt alone, instead of a run folder")
-    who: str = option("student", "network of the run folder", choices=("student", "teacher"))
+    out: str = option("runs/faces", "run folder (its student), or a weights file alone")
     steps: tuple = option((1,), "solver steps, one file for each number")
     solver: str = option("euler", "sampler", choices=scflow.SOLVERS)
     count: int = option(64, "pictures")
@@ -693,9 +654,9 @@ def sample_command(argv):
     from PIL import Image
 
     asked = Sample(**cli(argv, sample_command.__doc__, Sample)[0])
-    path, n = Path(asked.file), asked.count
-    require(n > 0 and path.suffix in (".png", ".npz"), "count must be positive, and file end in .png or .npz")
-    net, codec, _ = load_run(asked.weights or Path(asked.out, f"{asked.who}.pt"), asked.device)
+    source, path, n = Path(asked.out), Path(asked.file), asked.count
+    require(path.suffix in (".png", ".npz"), f"--file must end in .png or .npz, not {asked.file!r}")
+    net, codec = load_run(source / "student.pt" if source.is_dir() else source, asked.device)
     noise = torch.randn(n, *net.shape, generator=torch.Generator().manual_seed(asked.seed))
     for steps in asked.steps:
         pictures, name = generate(net, noise, steps, codec, asked.solver), path.with_stem(f"{path.stem}-{steps}")
@@ -709,10 +670,10 @@ def sample_command(argv):
 
 
 def load_run(path, device):
-    """The network of a checkpoint of this script, its codec, and the checkpoint's content."""
+    """The network and the codec of a checkpoint of this script."""
     content = scflow.read(path)
     require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
-    return scflow.load(path, device=device), Codec(content["codec"], device), content
+    return scflow.load(path, device=device), Codec(content["codec"], device)
 
 
 @dataclass(frozen=True)
@@ -731,14 +692,13 @@ def evaluate_command(argv):
     asked = Evaluate(**cli(argv, evaluate_command.__doc__, Evaluate)[0])
     folder, n, generator = Path(asked.out), asked.count, torch.Generator().manual_seed(10**6 + asked.seed)
     require(n >= 1000, f"a Fréchet distance from {n} samples says little: give --count 1000 or more")
-    student, codec, content = load_run(folder / "student.pt", asked.device)
-    teacher = scflow.build(content["teacher"]["arch"])
-    teacher.load_state_dict(content["teacher"]["weights"])
-    nets = {"teacher": (teacher.to(asked.device).eval(), (1, 2, 4, 50)), "student": (student, (1, 2, 4, 8))}
+    (teacher, _), (student, codec) = (load_run(folder / f"{who}.pt", asked.device) for who in ("teacher", "student"))
     data = Latents(asked.latents or read_json(folder / "config.json", "latents")["latents"])
     data.require_codec(codec, folder)
-    few = f"{len(data.held_out)} held-out pictures are too few for a Fréchet distance: encode 2,000 pictures or more"
-    require(len(data.held_out) >= 200, few)
+    require(
+        len(data.held_out) >= 200,
+        f"{len(data.held_out)} held-out pictures are too few to compare with: encode 2,000 pictures",
+    )
     measure = scflow.PictureMeasure(*data.originals(data.held_out))
     some = [data.train[torch.randperm(len(data.train), generator=generator)[:n]].sort().values for _ in range(5)]
     floors = [measure(*data.originals(which)) for which in some]
@@ -747,7 +707,7 @@ def evaluate_command(argv):
     seen = measure.spaces(*data.originals(data.train))["layout"]
     usual = scflow.neighbours(measure.reference["layout"], seen)[0].median()
     noise = torch.randn(n, *data.shape, generator=generator)
-    for who, (net, counts) in nets.items():
+    for who, net, counts in (("teacher", teacher, (1, 2, 4, 50)), ("student", student, (1, 2, 4, 8))):
         first = generate(net, noise, 1, codec)
         for steps in counts:
             pictures = first if steps == 1 else generate(net, noise, steps, codec)
@@ -806,11 +766,10 @@ class Demo(Folder):
     """Faces that the program draws, from pictures to a one-step generator; a CPU will do."""
 
     drawings: int = option(30000, "drawings, a tenth of which is held out")
-    side: int = option(32, "pixels of a side")
     seed: int = option(0, "seed of the networks (the drawings are always the same)")
     count: int = option(5000, "samples that are measured")
-    teacher_steps: int = option(1800, "updates of the teacher")
-    student_steps: int = option(1800, "updates of the student")
+    teacher_steps: int = option(1300, "updates of the teacher")
+    student_steps: int = option(1200, "updates of the student")
     out: str = option("runs/demo", "run folder; the latents go beside it, into OUT-latents")
 
 
@@ -822,11 +781,10 @@ def demo_command(argv):
 
     def read(names):  # the first drawing of a batch seeds it
         generator = torch.Generator().manual_seed(int(names[0]))
-        return list((255 * draw_faces(torch.rand(len(names), TRAITS, generator=generator), demo.side)).round().byte())
+        return list((255 * draw_faces(torch.rand(len(names), TRAITS, generator=generator))).round().byte())
 
-    about = dict(drawings=demo.drawings, side=demo.side)
-    latents = open_folder(f"{demo.out}-latents", "", demo.resume, demo.overwrite, about)
-    encode = Encode(size=demo.side, batch=500, device=demo.device, quiet=demo.quiet)
+    latents = open_folder(f"{demo.out}-latents", "", demo.resume, demo.overwrite, dict(drawings=demo.drawings))
+    encode = Encode(size=32, batch=500, device=demo.device, quiet=demo.quiet)
     write_latents(latents, PatchPCA(16, 64), list(map(str, range(demo.drawings))), read, encode)
     given = ["--latents", str(latents), "--patch", "1", "--teacher-steps", str(demo.teacher_steps)]
     teacher_command([*common, *flags, *given])
@@ -863,19 +821,19 @@ def one_loss_at_a_time(nets, x0, x1, t, phase, weights, generator=None, cond=Non
     return losses, fake
 
 
-EAGER = dict(precision="fp32", compile="no")
-VARIANTS = {  # name: (settings of the run, TF32, one loss at a time and the plain optimiser)
-    "naive fp32": (EAGER, False, True),
-    "naive fp32, TF32": (EAGER, True, True),
-    "bf16 eager": (EAGER | dict(precision="bf16"), True, False),
-    "ours": ({}, True, False),
+VARIANTS = {  # name: (precision, compile, TF32, one loss at a time)
+    "naive fp32": ("fp32", "no", False, True),
+    "naive fp32, TF32": ("fp32", "no", True, True),
+    "bf16 eager": ("bf16", "no", True, False),
+    "ours": ("auto", "auto", True, False),
 }
 
 
 def bench_loop(task, dims, variant, bench):
     """The training loop of one variant, from the same weights and draws as the others'."""
-    how, _, naive = VARIANTS[variant]
-    run, shape = Run(device=bench.device, **how), (bench.channels, bench.side, bench.side)
+    precision, compiled, _, naive = VARIANTS[variant]
+    run = Run(device=bench.device, precision=precision, compile=compiled)
+    shape = (bench.channels, bench.side, bench.side)
     torch.manual_seed(0)
     net, disc = run.place(scflow.DiT(shape, bench.patch, **dims)), run.place(scflow.LatentDiscriminator(shape))
     nn.init.normal_(net.head.weight, std=0.02)  # the zero map would leave most gradients zero
@@ -891,39 +849,35 @@ def bench_loop(task, dims, variant, bench):
         function = one_loss_at_a_time if naive else scflow.distill_losses
         phase = Phase(10**6, bench.batch, 1e-4)  # all four losses
         loop = scflow.distill(net, disc, batch, generator, (phase,), loss_function=function, prepare=run.compiled)
-    for state in loop:
-        if naive and state.step == 1:
-            state.opt = torch.optim.AdamW(state.opt.param_groups[0]["params"], weight_decay=0.0, foreach=False)
-        yield state
+    return loop
 
 
 def bench_case(bench, size, task, matmul):
     """The rows of the table for one network and one kind of update."""
-    cuda, truth = bench.device.startswith("cuda"), None
+    cuda, truth, rows = torch.cuda if bench.device.startswith("cuda") else None, None, {}
     loops = {variant: bench_loop(task, SIZES[size][0], variant, bench) for variant in VARIANTS}
-    seconds, rows = {variant: [] for variant in VARIANTS}, {}
+    seconds = {variant: [] for variant in VARIANTS}
 
-    def advance(variant, updates):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = VARIANTS[variant][1]
+    def advance(variant, updates=1):
+        torch.set_float32_matmul_precision("high" if VARIANTS[variant][2] else "highest")
+        torch.backends.cudnn.allow_tf32 = VARIANTS[variant][2]
         start = time.perf_counter()
         for _ in range(updates):
             state = next(loops[variant])
         if cuda:
-            torch.cuda.synchronize()
+            cuda.synchronize()
         return state, (time.perf_counter() - start) / updates
 
     for variant in VARIANTS:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if cuda else 0
-        state, spent = advance(variant, 1)  # compiles
+        before = cuda.reset_peak_memory_stats() or cuda.memory_allocated() if cuda else 0
+        state, spent = advance(variant)  # compiles
         net, loss = state.parts["net" if task == "teacher" else "student"], sum(state.losses.values())
         gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).cpu()
         truth = truth or (loss, gradient)
         rows[variant] = row = dict(size=size, update=task, variant=variant, loss=abs(loss / truth[0] - 1))
         row |= dict(gradient=((gradient - truth[1]).norm() / truth[1].norm()).item(), start_up=spent)
-        advance(variant, 2)
-        row["gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else None
+        row["gb"] = (cuda.max_memory_allocated() - before) / 1e9 if cuda else None
+        advance(variant)  # warm
     for _ in range(bench.rounds):
         for variant in (*VARIANTS, *reversed(VARIANTS)):  # A-B-B-A
             seconds[variant].append(advance(variant, bench.updates)[1])
@@ -941,21 +895,21 @@ def bench_command(argv):
     """Time our updates against naive ones, in turns in one process."""
     bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
     a = torch.randn(2**24, device=bench.device)
-    probes = [(matmul_rate(bench.device), rate(bench.device, a.clone, 8 * a.numel()))]
-    cases = itertools.product(bench.sizes, ("teacher", "distill"))
-    rows = [row for size, task in cases for row in bench_case(bench, size, task, probes[0][0])]
-    probes.append((matmul_rate(bench.device), rate(bench.device, a.clone, 8 * a.numel())))
+    probes = [(scflow.matmul_rate(bench.device), scflow.rate(bench.device, a.clone, 8 * a.numel()))]
+    cases = [(size, task) for size in bench.sizes for task in ("teacher", "distill")]
+    rows = [row for case in cases for row in bench_case(bench, *case, probes[0][0])]
+    probes.append((scflow.matmul_rate(bench.device), scflow.rate(bench.device, a.clone, 8 * a.numel())))
     drift = max(abs(after / before - 1) for before, after in zip(*probes))
     names = "size update variant ms ratio p10 p90 share gb loss gradient start_up repaid".split()
     cells = [[f"{v:.3g}" if isinstance(v := r[k], float) else str(v or "") for k in names] for r in rows]
     table = "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *cells))
-    text = f"""`{shlex.join(["python", "celeba_latent.py", "bench", *argv])}`, {toy_2d.machine()}
+    noisy = " (MORE THAN 3%: run again on a quiet machine)" * (drift > 0.03)
+    text = f"""`{" ".join(["python celeba_latent.py bench", *argv])}`, {toy_2d.machine()}
 
-Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; they moved by {drift:.1%} meanwhile
-{"(MORE THAN 3%: run again on a quiet machine)" * (drift > 0.03)}. ratio: the naive fp32 time over this one, median,
-10th and 90th percentile of {2 * bench.rounds} turns. share: of the matrix product's rate. gb: peak memory, less that of the
-other variants. loss, gradient: relative difference from naive fp32 in the first update. start_up: seconds of that
-update, compilation included; repaid: after so many updates, against bf16 eager.
+Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; moved by {drift:.1%}{noisy}. ratio:
+naive fp32 time over this, median, p10, p90 of {2 * bench.rounds} turns; share: of the matrix product; gb: peak memory
+beside the other variants; loss, gradient: relative difference from naive fp32 in the first update; start_up: seconds of
+that update, with compilation; repaid: after so many updates, against bf16 eager.
 
 {table}"""
     Path(bench.out).parent.mkdir(parents=True, exist_ok=True)
@@ -973,16 +927,18 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         require(argv and argv[0] in COMMANDS, f"name a command: {', '.join(COMMANDS)} (each has --help)")
-        COMMANDS[argv[0]](argv[1:])
-    except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError)
-        advice = "out of memory: lower --batch, --teacher-batch or --student-batch, or take a smaller --size"
-        print(f"celeba_latent.py: error: {advice if full else error}", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"celeba_latent.py: {str(stop) or 'stopped, and saved'}; --resume goes on", file=sys.stderr)
-        return 130
-    return 0
+        return COMMANDS[argv[0]](argv[1:]) or 0
+    except torch.OutOfMemoryError:
+        error, code = (
+            "error: out of memory: lower --batch, --teacher-batch or --student-batch, or take a smaller --size",
+            2,
+        )
+    except (ValueError, FloatingPointError, OSError) as reason:
+        error, code = f"error: {reason}", 2
+    except (Stopped, KeyboardInterrupt):
+        error, code = "stopped, and saved: the same command with --resume goes on", 130
+    print(f"celeba_latent.py: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

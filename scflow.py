@@ -35,6 +35,7 @@ import copy
 import functools
 import math
 import os
+import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 
@@ -495,13 +496,13 @@ class LatentDiscriminator(nn.Module):
 
     def flops(self):
         """Multiply-adds of the convolutions of one forward pass of one sample, counted twice each."""
-        (c, h, w), width, total = self.arch["shape"], self.arch["width"], 0
-        total += 2 * 9 * c * width * h * w
-        for block in [*(stage[0] for stage in self.stages), self.last]:
-            a, b = block.conv1.in_channels, block.conv1.out_channels
-            total += 2 * h * w * b * (9 * a + 9 * b + a * (a != b))
-            h, w = (h, w) if block is self.last else ((h + 1) // 2, (w + 1) // 2)
-        return total + 2 * self.head.in_features
+        c, h, w = self.arch["shape"]
+        total = 2 * 9 * c * self.arch["width"] * h * w + 2 * self.head.in_features
+        for block in [*(block for block, _ in self.stages), self.last]:
+            a, b = block.conv2.in_channels, block.conv1.in_channels
+            total += 2 * h * w * a * (9 * a + 9 * b + b * (a != b))
+            h, w = (h + 1) // 2, (w + 1) // 2  # pooled, except after the last
+        return total
 
 
 class DiscBlock(nn.Module):
@@ -1023,6 +1024,24 @@ def sliced_w2(x, y, projections=200, generator=None):
     return (a - b).square().mean().sqrt().item()
 
 
+def rate(device, work, amount, seconds=0.3):
+    """How much of `amount` the device gets done in a second, when `work()` does it once."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    work(), wait()  # the first time warms up
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        work(), wait()
+        count += 1
+    return amount * count / spent
+
+
+def matmul_rate(device):
+    """FLOP/s of a square matrix product (bf16 on CUDA, else float32): the most that a network can hope for."""
+    side, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return rate(device, lambda: a @ a, 2 * side**3)
+
+
 def frechet_distance(x, y):
     """‖m−m′‖² + tr(C + C′ − 2(CC′)^½) of Gaussians fitted to features (N,d) and (M,d) (Heusel et al., 2017).
 
@@ -1044,7 +1063,7 @@ def neighbours(x, y, k=1, rows=500):
 
 
 def knn_coverage(real, fake, k=5):
-    """Share of real rows (N,d) that have a fake one (M,d) nearer than their k-th real neighbour (Naeem et al., 2020)."""
+    """Share of real rows (N,d) with a fake one (M,d) nearer than their k-th real neighbour (Naeem et al., 2020)."""
     radius = neighbours(real, real, k + 1)[0]  # the nearest is the row itself
     return (neighbours(real, fake)[0] <= radius).double().mean().item()
 
