@@ -253,10 +253,10 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-def write_csv(path, names, rows):
-    """A CSV file of dictionaries, with the columns `names`."""
+def write_csv(path, rows):
+    """A CSV file of dictionaries, with a column for every key in the order of appearance."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -369,8 +369,7 @@ def stage(name, run, folder, journal, net, start, total, **extra):
     def save(state):
         kept = {"rows": journal.rows, "frames": journal.frames}
         scflow.save(path, state.ema, kind=name, state=state.state_dict(), journal=kept, **extra)
-        names = dict.fromkeys(name for row in journal.rows for name in row)
-        write_csv(folder / "log.csv", names, journal.rows)  # losses unweighted, norms weighted
+        write_csv(folder / "log.csv", journal.rows)  # losses unweighted, norms weighted
 
     done = content["state"]["step"] if content else 0
     for state in follow(start(content and content["state"]), total, name, save, run.save_every, run.quiet, done):
@@ -785,7 +784,7 @@ def table_command(argv):
         done = list(tqdm(pool.map(table_cell, cells), total=len(cells), desc="runs"))
     Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     rows = [{"dataset": m["dataset"], "preset": m["preset"], "seed": m["seed"], **r} for m in done for r in m["rows"]]
-    write_csv(f"{settings.out}.csv", list(dict.fromkeys(k for r in rows for k in r)), rows)
+    write_csv(f"{settings.out}.csv", rows)
     write_text(f"{settings.out}.md", text := markdown(settings, done, rows, shlex.join(argv)))
     print(text)
 
@@ -796,11 +795,7 @@ def markdown(settings, done, rows, flags):
     for r in rows:
         line = cells.setdefault((r["dataset"], r["preset"], LABELS[r["who"], r["solver"]]), {n: [] for n in counts})
         line[r["nfe"]].append(1e3 * r["energy"])
-    floors = {
-        m["dataset"]: "{mean:.2f} ± {sd:.2f}".format(**{k: 1e3 * v for k, v in m["floor"].items()})
-        for m in done
-        if m["rows"]
-    }
+    floors = {m["dataset"]: [f"{1e3 * v:.2f}" for v in m["floor"].values()] for m in done if m["rows"]}
     machines = "; ".join({m["machine"]: 0 for m in done if m["rows"]})
     about = f"mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}"
     lines = [
@@ -816,7 +811,7 @@ def markdown(settings, done, rows, flags):
     for (name, *rest), line in cells.items():
         shown = [f"{np.mean(v):.2f}" if v else "" for v in line.values()]
         shown = [s + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "") for s, v in zip(shown, line.values())]
-        lines.append("| " + " | ".join([f"{name} ({floors[name]})", *rest, *shown]) + " |")
+        lines.append("| " + " | ".join([f"{name} ({' ± '.join(floors[name])})", *rest, *shown]) + " |")
     return "\n".join(lines) + "\n"
 
 
