@@ -504,7 +504,10 @@ class Run(Folder):
     def compiled(self, net):
         """Compile the network in place, if asked to: its weights keep their names."""
         if self.compile == "yes" or (self.compile == "auto" and self.device.startswith("cuda")):
-            net.compile()
+            # A graph for every batch size, with and without gradients: more than the 8 after which it gives up.
+            torch._dynamo.config.cache_size_limit = 64
+            for part in getattr(net, "blocks", [net]):  # the blocks of a DiT share theirs: a twelfth of the wait
+                part.compile(dynamic=False)
 
 
 class Log:
@@ -555,9 +558,9 @@ def draw_sheet(path, columns):
     """A PNG whose columns {title: uint8 (n,3,S,S)} show the same noise in every row."""
     from matplotlib.figure import Figure  # no window is opened
 
-    n = len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.3 * len(columns), 1.3 * n + 0.35), dpi=100)
-    for ax, (title, pictures) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items()):
+    across, down = len(columns), len(next(iter(columns.values())))
+    figure = Figure(figsize=(1.3 * across, 0.35 + down * 1.3 * across / (1.05 * across - 0.05)), dpi=100)
+    for ax, (title, pictures) in zip(figure.subplots(1, across, squeeze=False)[0], columns.items()):
         ax.imshow(rearrange(pictures, "n c h w -> (n h) w c").numpy(), interpolation="nearest")
         ax.set_title(title, fontsize=11)
         ax.axis("off")

@@ -353,9 +353,11 @@ def mixed_precision(forward):
     """Let a network's forward pass compute in its `.precision`; weights, input and output stay as they are."""
 
     @functools.wraps(forward)
-    def wrapped(net, x, *args):
-        with torch.autocast(x.device.type, net.precision, enabled=net.precision != torch.float32):
-            return forward(net, x, *args).to(x.dtype)
+    def wrapped(net, x, *args, **kwargs):
+        if net.precision == torch.float32:
+            return forward(net, x, *args, **kwargs)
+        with torch.autocast(x.device.type, net.precision):
+            return forward(net, x, *args, **kwargs).to(x.dtype)
 
     return wrapped
 

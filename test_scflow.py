@@ -1,4 +1,4 @@
-"""Properties of scflow.py in the order of its sections, then of toy_2d.py and of the README.
+"""Properties of scflow.py in the order of its sections, then of toy_2d.py, of celeba_latent.py and of the README.
 
 Every docstring says what is tested, and why its tolerance. Exact statements run in float64 (fixture `float64`);
 random ones are z-scores at a fixed seed.
@@ -6,6 +6,7 @@ random ones are z-scores at a fixed seed.
 
 import ast
 import copy
+import csv
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +28,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import celeba_latent
 import scflow
 import toy_2d
 from scflow import (
@@ -501,6 +505,42 @@ def test_flops_are_those_counted(net, shape):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(torch.randn(1, *shape), torch.rand(1))
     assert net.flops() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape, width", [((2, 8, 8), 16), ((3, 6, 10), 8), ((4, 4, 4), 16), ((1, 5, 17), 8)])
+def test_flops_of_a_critic_are_those_counted(shape, width):
+    """flops() equals torch's count exactly, odd sides and widths that meet their cap included."""
+    for disc in (LatentDiscriminator(shape, width), LatentDiscriminator((1, 32, 32), 128)):
+        with FlopCounterMode(display=False) as counter:
+            disc(torch.randn(1, *disc.arch["shape"]))
+        assert disc.flops() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("make", [dit, lambda: scramble(LatentDiscriminator((2, 4, 6), width=16))])
+def test_a_lower_precision_is_one_of_the_passes_alone(make):
+    """In bfloat16 (8 bits) output and gradient move, by less than 5%; they and the weights stay float32."""
+    net, x, t = make(), torch.randn(16, 2, 4, 6), torch.rand(16)
+    times, inner = [t] if isinstance(net, DiT) else [], []
+    next(m for m in net.modules() if isinstance(m, nn.Linear)).register_forward_hook(
+        lambda layer, args, out: inner.append(out.dtype)
+    )
+
+    def learn(precision):
+        net.precision = precision
+        net.zero_grad()
+        out = net(x, *times)
+        out.square().mean().backward()
+        assert all(v.dtype == torch.float32 for p in net.parameters() for v in (p, p.grad)) and out.dtype == x.dtype
+        return out.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    for full, half in zip(learn(torch.float32), learn(torch.bfloat16)):
+        assert 1e-4 < (half - full).norm() / full.norm() < 0.05
+    assert inner == [torch.float32, torch.bfloat16]
+    if isinstance(net, DiT):
+        latents = lambda n, g: (torch.randn(n, 2, 4, 6, generator=g), None)  # noqa: E731
+        run = take(train_teacher(net, latents, gen(), TeacherSettings(2, 4, 1e-3)))
+        parts = torch.utils._pytree.tree_leaves(run.state_dict()["parts"])
+        assert {v.dtype for v in parts if torch.is_tensor(v)} == {torch.float32} and run.ema.precision == torch.bfloat16
 
 
 def test_a_condition_is_refused():
@@ -980,6 +1020,24 @@ def spoiled(n_good):
     return lambda n, g: (batch(n, g)[0] * (1.0 if next(calls) < n_good else math.nan), None)
 
 
+def test_a_state_keeps_the_latest_losses_as_numbers():
+    """`also` adds to the losses of an update, else they are new; no graph is kept; a GPU looks every 50 updates."""
+    run, one = scflow.State(gen()), torch.ones(2, requires_grad=True)
+    run.record({"a": one.sum(), "b": one.mean()})
+    run.record({"c": torch.tensor(3.0)}, also=True)
+    assert run.losses == {"a": 2.0, "b": 1.0, "c": 3.0} and not run.latest["a"].requires_grad
+    run.record({"d": torch.tensor(4.0)})
+    assert run.losses == {"d": 4.0}
+    for device, step, noticed in (("cpu", 7, True), ("cuda", 7, False), ("cuda", 100, True)):
+        run.generator, run.step = SimpleNamespace(device=torch.device(device)), step
+        try:
+            run.record({"bad": torch.tensor(math.nan)})
+        except FloatingPointError as error:
+            assert noticed and f"the bad loss became nan at step {step + 1}" in str(error)
+        else:
+            assert not noticed
+
+
 @pytest.mark.parametrize("loss, weights", [("consistency", ALL_FOUR), ("disc", dict(lambda_adv=1.0))])
 def test_a_loss_that_is_not_finite_stops_distillation(loss, weights):
     """NaN rows in the third batch: FloatingPointError names the loss and step 3, and every network stays finite."""
@@ -1103,6 +1161,54 @@ def test_latents_of_any_shape_are_distilled(shape):
     assert run.step == 6 and all(math.isfinite(v) for v in run.losses.values())
     assert finite(run.student) and not same(disc.state_dict(), start)
     assert sample(run.ema, torch.randn(3, *shape), 2).shape == (3, *shape)
+
+
+UPDATES = {f"{k} {i}": p for k, phases in scflow.SCHEDULES.items() for i, p in enumerate(phases)}
+UPDATES |= {f"faces {k} {i}": p for k, phases in celeba_latent.SCHEDULES.items() for i, p in enumerate(phases)}
+UPDATES |= {k: phase(**v, steps=2) for k, v in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_flops_of_an_update_are_those_counted(name):
+    """Within 4% of torch's count of a real update: a first layer has no gradient to pass on, and R1 is left out."""
+    p, shape = scflow.replace(UPDATES[name], batch=16, r1=0.0), (4, 8, 8)
+    net, disc = scramble(DiT(shape, 2, dim=64, depth=4, heads=2)), LatentDiscriminator(shape, width=16)
+    latents = lambda n, g: (torch.randn(n, *shape, generator=g), None)  # noqa: E731
+    run = next(distill(net, disc, latents, gen(), (phase(lambda_self=1.0, batch=1),)))
+    run.source = getattr(run, p.self_source)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        scflow.distill_step(run, p, p.steps - 1, latents)
+    counted = counter.get_total_flops() / 16
+    assert abs(scflow.distill_flops(net, disc, p, p.steps - 1) / counted - 1) < 0.04
+    if name == "faces paper 0":  # losses that are still off cost nothing
+        assert scflow.distill_flops(net, disc, p, 0) < 0.8 * counted
+
+
+def test_what_runs_is_prepared_once():
+    """`prepare` gets every network that an update calls, each once, the copies that distillation makes included."""
+    prepared, called = [], set()
+
+    def prepare(net):
+        prepared.append(net)
+        net.register_forward_hook(lambda net, *_: called.add(net))
+
+    run = take(run_distill(TWO_PHASES, prepare=prepare))
+    used = [run.teacher, run.student, run.target, run.frozen, run.disc]
+    assert len(prepared) == 5 and set(prepared) == set(used) == called
+
+
+def test_r1_goes_round_a_compiled_critic():
+    """A compiled graph has no second derivative; the critic's losses and gradients are those of a plain one (1e-5)."""
+    p, g = phase(lambda_adv=1.0, adversarial="softplus", r1=1.0), gen()
+    real, fake = torch.randn(8, 2, 4, 4, generator=g), torch.randn(8, 2, 4, 4, generator=g)
+    plain, compiled = (scramble(LatentDiscriminator((2, 4, 4), width=8)) for _ in range(2))
+    compiled.compile(backend="aot_eager")
+    for disc in (plain, compiled):
+        losses = scflow.disc_losses(disc, real, fake, p)
+        sum(losses.values()).backward()
+    assert losses["r1"] > 1e-4 and compiled.state_dict().keys() == plain.state_dict().keys()
+    for a, b in zip(plain.parameters(), compiled.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [100, 101, 102])
@@ -1296,6 +1402,103 @@ def test_sliced_distance_of_a_shift():
     assert scflow.sliced_w2(x, x.flip(0), 50, gen()) < 1e-6
     with pytest.raises(ValueError, match="equal size"):
         scflow.sliced_w2(x, y[:-1])
+
+
+def test_a_rate_is_work_over_time(monkeypatch):
+    """Work of 0.1 s and 5 units goes at 50 a second; the first time, which is slow, is not counted."""
+    now, work = [0.0], itertools.chain([9.0], itertools.repeat(0.1))
+
+    def advance():
+        now[0] += next(work)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    assert abs(scflow.rate("cpu", advance, 5) - 50) < 1e-6
+
+
+def shaped(n, mean, cov, seed=0):
+    """Rows (n,d) whose sample mean and covariance are exactly these."""
+    x = torch.randn(n, len(mean), generator=gen(seed))
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
+    return white @ torch.linalg.cholesky(cov).T + mean
+
+
+@pytest.mark.usefixtures("float64")
+def test_frechet_distance_of_known_gaussians():
+    """‖m−n‖² + Σ(√c−√d)² for diagonal covariances, tr (CD)^½ from CD's eigenvalues for full ones (1e-8)."""
+    m, n, g = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.5]), gen()
+    c, d = torch.tensor([1.0, 4.0, 0.25]), torch.tensor([9.0, 1.0, 0.01])
+    found = scflow.frechet_distance(shaped(50, m, c.diag()), shaped(70, n, d.diag(), 1))
+    assert abs(found / (10 + 4 + 1 + 0.16) - 1) < 1e-8
+    c, d = (a @ a.T for a in torch.randn(2, 3, 3, generator=g))
+    root = torch.linalg.eigvals(c @ d).real.sqrt().sum()
+    found = scflow.frechet_distance(shaped(50, m, c), shaped(70, n, d, 1))
+    assert root > 0.1 and abs(found / (10 + c.trace() + d.trace() - 2 * root).item() - 1) < 1e-8
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero_and_needs_rows():
+    """0 to 1e-6 of the variance for float32 rows in another order, symmetric; no more rows than dimensions: refused."""
+    x, y = torch.randn(300, 40, generator=gen()), 2 * torch.randn(100, 40, generator=gen(1))
+    assert abs(scflow.frechet_distance(x, x.flip(0))) < 1e-4 < 1 < scflow.frechet_distance(x, y)
+    assert abs(scflow.frechet_distance(x, y) - scflow.frechet_distance(y, x)) < 1e-6
+    refused(scflow.frechet_distance, x[:40], x)
+    refused(scflow.frechet_distance, x, x[:40])
+
+
+def test_neighbours_by_brute_force():
+    """Distance to the k-th nearest row and its index, in blocks of any size, against sorting (1e-5: float32)."""
+    x, y = torch.randn(11, 3, generator=gen()), torch.randn(7, 3, generator=gen(1))
+    for k, rows in itertools.product((1, 2, 7), (1, 4, 500)):
+        distance, index = scflow.neighbours(x, y, k, rows)
+        for i in range(11):
+            order = sorted(range(7), key=lambda j: (x[i] - y[j]).norm().item())
+            assert index[i] == order[k - 1] and abs(distance[i] - (x[i] - y[order[k - 1]]).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_coverage_by_brute_force(k):
+    """The share of real rows with a fake one within their k-th real neighbour; 1 for the set itself, 0 far away."""
+    real, fake = torch.randn(60, 2, generator=gen()), torch.randn(25, 2, generator=gen(1)) + 0.7
+    covered = 0
+    for i in range(60):
+        radius = sorted((real[i] - real[j]).norm().item() for j in range(60) if j != i)[k - 1]
+        covered += min((real[i] - row).norm().item() for row in fake) <= radius
+    assert 0.1 < covered / 60 < 0.9 and abs(scflow.knn_coverage(real, fake, k) - covered / 60) < 1e-9
+    assert scflow.knn_coverage(real, real, k) == 1 and scflow.knn_coverage(real, fake + 100, k) == 0
+
+
+def test_features_of_pictures_are_layout_and_texture():
+    """Thumbnails are means of pixels, bitwise; textures are the same in any batch, feel a pattern and not a place."""
+    x = (255 * celeba_latent.draw_faces(torch.rand(6, 34, generator=gen()), 64)).byte()
+    thumbs, texture = scflow.picture_features(x)
+    means = x.reshape(6, 3, 32, 2, 32, 2).float().mean((3, 5)).round()
+    assert thumbs.dtype == torch.uint8 and (thumbs.float() - means).abs().max() <= 1  # a half is rounded either way
+    assert torch.equal(scflow.picture_features(thumbs)[0], thumbs)
+    torch.manual_seed(5)
+    alone = torch.cat([scflow.picture_features(row[None])[1] for row in x])
+    assert texture.shape == (6, 192) and texture.isfinite().all() and torch.allclose(alone, texture, atol=1e-4)
+    board = torch.tensor([[60, 200], [200, 60]], dtype=torch.uint8).repeat(32, 32).expand(1, 3, 64, 64)
+    plain = torch.full_like(board, 130)
+    (same_thumb, one), (thumb, two) = scflow.picture_features(board), scflow.picture_features(plain)
+    assert torch.equal(same_thumb, thumb) and (one - two).norm() > 0.3 * two.norm()
+    moved = scflow.picture_features(x.roll(16, 3))
+    assert (moved[1] - texture).norm() < 0.2 * (texture[:3] - texture[3:]).norm() * 2**0.5
+    assert (moved[0].float() - thumbs.float()).abs().mean() > 10
+
+
+def test_measure_of_pictures(faces_demo):
+    """The reference scores 0, 0 and 1; layout is the 64 largest components (SVD, 1e-4); a space sees its own damage."""
+    (thumbs, texture), measure = faces_demo.given, faces_demo.measure
+    assert len(thumbs) == 210 and (measure.basis.T @ measure.basis - torch.eye(64)).abs().max() < 1e-4
+    flat = thumbs.flatten(1).float() / 255
+    largest = torch.linalg.svdvals(flat - flat.mean(0))[:64]
+    layout = measure.spaces(thumbs, texture)["layout"]
+    assert abs(layout.square().sum() / largest.square().sum() - 1) < 1e-4 and layout.mean(0).abs().max() < 1e-4
+    itself = measure(thumbs, texture)
+    assert abs(itself["layout"]) < 1e-4 and abs(itself["texture"]) < 1e-4 and itself["coverage"] == 1
+    darker, rough = measure(thumbs // 2, texture), measure(thumbs, 2 * texture)
+    assert darker["layout"] > 1 and darker["coverage"] < 0.5 and darker["texture"] == itself["texture"]
+    assert rough["texture"] > 1 and rough["layout"] == itself["layout"] and rough["coverage"] == 1
 
 
 # ═══ toy_2d.py: the command line ════════════════════════════════════════════════════════════
@@ -1600,6 +1803,905 @@ def test_the_table_has_a_row_for_every_network_and_reads_finished_runs_back(tmp_
     )
     assert toy(*argv) == 0 and Path("results/table.md").read_text() == text
     assert Path("runs/table/moons-two_phase-0/student.pt").stat().st_mtime_ns == stamp
+
+
+# ═══ celeba_latent.py: pictures and autoencoders ════════════════════════════════════════════
+
+TINY = (dict(dim=16, depth=1, heads=2), dict(teacher_steps=12, teacher_batch=16, teacher_lr=1e-3))
+
+
+def faces(*argv):
+    """Run a command in this process; returns its exit code."""
+    return celeba_latent.main(list(map(str, argv)))
+
+
+def drawings(n, size=32, seed=0):
+    """uint8 (n,3,size,size)."""
+    traits = torch.rand(n, celeba_latent.TRAITS, generator=gen(seed))
+    return (255 * celeba_latent.draw_faces(traits, size)).round().byte()
+
+
+def save_picture(path, picture, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The smallest networks, and a device said to reach 1 GFLOP/s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(celeba_latent.SIZES, "small", TINY)
+        patch.setattr(scflow, "matmul_rate", lambda device: 1e9)
+        yield
+
+
+@pytest.fixture(scope="module")
+def faces_demo(tiny, tmp_path_factory):
+    """A short demo: folders of run and latents, and the measure of its evaluation with what that was made of."""
+    run, seen, make = tmp_path_factory.mktemp("demo") / "run", [], scflow.PictureMeasure
+
+    def measure(*given):
+        seen.append(SimpleNamespace(given=given, measure=make(*given)))
+        return seen[-1].measure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scflow, "PictureMeasure", measure)
+        short = "--drawings 2100 --count 1000 --teacher-steps 12 --student-steps 12 --quiet".split()
+        assert faces("demo", *short, "--out", run) == 0
+    return SimpleNamespace(run=run, latents=Path(f"{run}-latents"), **vars(seen[0]))
+
+
+ENCODE = "--size 32 --channels 4 --flips --batch 1 --quiet".split()
+
+
+@pytest.fixture(scope="module")
+def album(tiny, tmp_path_factory):
+    """Sixty pictures in three formats and nested folders, and files that are none; latents; and a short run on them."""
+    folder = tmp_path_factory.mktemp("album")
+    for i, picture in enumerate(drawings(60, 40)):
+        kind = ("png", "jpg", "webp")[i % 3]
+        save_picture(folder / f"pictures/{'ab'[i % 2]}/deep/{i:02d}.{kind}", picture[:, :36] if i % 5 else picture)
+    save_picture(folder / "pictures/small.png", picture[:, :20])
+    save_picture(folder / "pictures/.hidden.png", picture)
+    whole = (folder / "pictures/a/deep/00.png").read_bytes()
+    (folder / "pictures/a/broken.PNG").write_bytes(whole[: len(whole) // 2])
+    (folder / "pictures/notes.txt").write_text("no picture")
+    assert faces("encode", "--images", folder / "pictures", *ENCODE, "--out", folder / "latents") == 0
+    out = ["--out", folder / "run", "--quiet"]
+    assert faces("teacher", "--latents", folder / "latents", "--teacher-steps", 3, *out) == 0
+    assert faces("distill", "--student-steps", 3, *out) == 0
+    return folder
+
+
+def test_drawn_faces_are_pictures_of_any_size():
+    """Values in [0,1], the same twice, and at 64 px pooled to 32 px as at 32 px but for the edges (mean 2%)."""
+    traits = torch.rand(50, celeba_latent.TRAITS, generator=gen())
+    small, large = (celeba_latent.draw_faces(traits, size) for size in (32, 64))
+    assert small.shape == (50, 3, 32, 32) and small.min() >= 0 and small.max() <= 1 and small.std() > 0.1
+    assert torch.equal(small, celeba_latent.draw_faces(traits, 32))
+    assert torch.allclose(small[7:8], celeba_latent.draw_faces(traits[7:8], 32), atol=1e-6)
+    assert (F.avg_pool2d(large, 2) - small).abs().mean() < 0.02
+
+
+def test_every_trait_is_seen_and_no_two_faces_are_alike():
+    """Each of the 34 numbers moves a pixel by 2% at least in some face; of 300 faces the nearest differ by RMS 3%."""
+    g = gen()
+    base = torch.rand(20, celeba_latent.TRAITS, generator=g)
+    for i in range(celeba_latent.TRAITS):
+        other = base.clone()
+        other[:, i] = (base[:, i] + 0.5) % 1
+        moved = (celeba_latent.draw_faces(other) - celeba_latent.draw_faces(base)).abs().amax((1, 2, 3))
+        assert moved.max() > 0.02 and (moved > 0).double().mean() > 0.2, i
+    x = celeba_latent.draw_faces(torch.rand(300, celeba_latent.TRAITS, generator=g)).flatten(1)
+    assert scflow.neighbours(x, x, 2)[0].min() / x.shape[1] ** 0.5 > 0.03
+
+
+def low_contrast(n=40, size=16):
+    """Pictures around ½, so that no decoded value is clamped."""
+    noise = torch.randn(n, 3, size, size, generator=gen())
+    return 0.5 + 0.03 * F.avg_pool2d(noise, 3, 1, 1) + 0.01 * noise
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("factor, channels", [(4, 5), (8, 32), (2, 12)])
+def test_patch_components_lose_exactly_the_variance_they_leave_out(factor, channels):
+    """Orthonormal basis; squared error, share kept and latent variances are those of numpy's eigenvalues (1e-9)."""
+    x, net = low_contrast(), celeba_latent.PatchPCA(factor, channels)
+    kept = net.fit(x)
+    patches = x.unfold(2, factor, factor).unfold(3, factor, factor).permute(0, 2, 3, 1, 4, 5)
+    patches = patches.reshape(-1, 3 * factor**2).numpy()
+    values = np.sort(np.linalg.eigvalsh(np.cov(patches.T)))[::-1]
+    assert abs(kept - values[:channels].sum() / values.sum()) < 1e-9 and (kept < 0.99 or channels == 12)
+    assert torch.allclose(net.basis.T @ net.basis, torch.eye(channels), atol=1e-9)
+    z = net.encode(x)
+    assert z.shape == (40, channels, 16 // factor, 16 // factor) and z.mean((0, 2, 3)).abs().max() < 1e-9
+    variances = z.transpose(0, 1).flatten(1).var(1)
+    assert torch.allclose(variances, torch.from_numpy(values[:channels].copy()), rtol=1e-6)
+    error = (net.decode(z) - x).square().sum() / (len(patches) - 1)
+    assert abs(error.item() - values[channels:].sum()) < 1e-9 * values.sum()
+
+
+@pytest.mark.usefixtures("float64")
+def test_all_patch_components_and_no_autoencoder_lose_nothing():
+    """decode(encode(x)) = x to rounding (1e-12) with all 3·factor² components; `none` is the pixels bitwise."""
+    x = torch.rand(30, 3, 8, 12, generator=gen())
+    net = celeba_latent.PatchPCA(2, 12)
+    net.fit(x)
+    assert torch.allclose(net.decode(net.encode(x)), x, atol=1e-12)
+    none = celeba_latent.autoencoder("none", 8, 32)
+    assert none.factor == 1 and torch.equal(none.encode(x), x) and torch.equal(none.decode(x), x)
+    for factor, channels in ((2, 13), (8, 0), (8, 193), (1, -1)):
+        refused(celeba_latent.PatchPCA, factor, channels)
+
+
+def tiny_pair(prefix, channels, pool=False, width=8):
+    """Random weights of the TAESD family, by the names and shapes of its files; returns the two dictionaries."""
+    g, halves = gen(channels), []
+
+    def conv(half, name, a, b, side=3, bias=True):
+        half[f"{name}.weight"] = torch.randn(b, a, side, side, generator=g) / math.sqrt(a * side**2)
+        half.update({f"{name}.bias": 0.1 * torch.randn(b, generator=g)} if bias else {})
+
+    def block(half, name, pooled):
+        for i in (0, 2, 4):
+            conv(half, f"{name}.conv.{i}", width, width)
+        if pooled:
+            conv(half, f"{name}.pool.0", width, 4 * width, 1, bias=False)
+            half |= {f"{name}.pool.1.{k}": torch.rand(4 * width, generator=g) for k in ("weight", "bias")}
+            conv(half, f"{name}.pool.3", 4 * width, width, 1, bias=False)
+
+    encoder, decoder = {}, {}
+    conv(encoder, "0", 3, width)
+    for i in (2, 6, 10):
+        conv(encoder, str(i), width, width, bias=False)
+    for i in (1, 3, 4, 5, 7, 8, 9, 11, 12, 13):
+        block(encoder, str(i), pool and i > 10)
+    conv(encoder, "14", width, channels)
+    conv(decoder, "1", channels, width)
+    for i in (7, 12, 17):
+        conv(decoder, str(i), width, width, bias=False)
+    for i in (3, 4, 5, 8, 9, 10, 13, 14, 15, 18):
+        block(decoder, str(i), pool and i < 6)
+    conv(decoder, "19", width, 3)
+    for half, name in ((encoder, "encoder"), (decoder, "decoder")):
+        half.update({k: v + 0.5 for k, v in half.items() if k == "19.bias"})  # pictures around ½
+        torch.save(half, f"{prefix}_{name}.pth")
+        halves.append(half)
+    return halves
+
+
+def plain_tiny(weights, x, strided, doubled):
+    """A half of a tiny autoencoder layer by layer, from the numbers in its names alone."""
+
+    def conv(name, x, **options):
+        return F.conv2d(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), **options)
+
+    for i in sorted({int(name.split(".")[0]) for name in weights}):
+        if f"{i}.weight" in weights:
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3) if i in doubled else x
+            x = conv(i, x, padding=1, stride=2 if i in strided else 1)
+            x = x.relu() if i == 1 else x  # of the decoder
+            continue
+        if f"{i}.pool.0.weight" in weights:
+            h = conv(f"{i}.pool.0", x)
+            groups = h.unflatten(1, (4, -1))
+            mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, unbiased=False)
+            h = ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2)
+            h = h * weights[f"{i}.pool.1.weight"][:, None, None] + weights[f"{i}.pool.1.bias"][:, None, None]
+            x = x + conv(f"{i}.pool.3", h.relu())
+        h = conv(f"{i}.conv.2", conv(f"{i}.conv.0", x, padding=1).relu(), padding=1)
+        x = (x + conv(f"{i}.conv.4", h.relu(), padding=1)).relu()
+    return x
+
+
+@pytest.mark.parametrize("channels, pool", [(4, False), (16, False), (32, True)])
+def test_a_tiny_autoencoder_equals_a_plain_implementation(channels, pool, tmp_path):
+    """Latents and pictures of a random pair of files, and after a checkpoint, equal `plain_tiny` to 1e-4 (float32)."""
+    encoder, decoder = tiny_pair(tmp_path / "pair", channels, pool)
+    x, z = torch.rand(2, 3, 32, 48, generator=gen()), 4 * torch.randn(2, channels, 3, 2, generator=gen())
+    latents = plain_tiny(encoder, x, strided=(2, 6, 10), doubled=())
+    pictures = plain_tiny(decoder, (z / 3).tanh() * 3, strided=(), doubled=(7, 12, 17)).clamp(0, 1)
+    assert latents.std() > 0.01 and 0.01 < pictures.std() and (pictures > 0).double().mean() > 0.2
+    net = celeba_latent.autoencoder(str(tmp_path / "pair"), 32, 99)
+    scflow.save(tmp_path / "net.pt", net)
+    for read in (net, scflow.load(tmp_path / "net.pt")):
+        assert torch.allclose(read.encode(x), latents, atol=1e-4 * latents.abs().max().item())
+        assert torch.allclose(read.decode(z), pictures, atol=1e-4) and read.factor == 8
+        assert not any(p.requires_grad for p in read.parameters())
+
+
+def encode_again(album, out, *changes):
+    """Encode the album's pictures as they were, but for changes; returns the exit code."""
+    return faces("encode", "--images", album / "pictures", *ENCODE, *changes, "--out", out)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_an_autoencoder_of_diffusers(kind, album, tmp_path):
+    """Latents are the mode of its posterior (1e-2: float16), the folder decodes like the library (2 of 255 levels)."""
+    diffusers = pytest.importorskip("diffusers")
+    if kind == "AutoencoderKL":
+        down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+        how = dict(down_block_types=down, up_block_types=up, block_out_channels=[8, 8], norm_num_groups=4)
+    else:
+        how = dict(encoder_block_out_channels=[8] * 4, decoder_block_out_channels=[8] * 4)
+    vae = getattr(diffusers, kind)(**how).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    assert encode_again(album, tmp_path / "latents", "--autoencoder", tmp_path / "vae") == 0
+    data = celeba_latent.Latents(tmp_path / "latents")
+    x = celeba_latent.Pictures(album / "pictures").read_all([data.meta["sources"][i] for i in (0, 7)], 32)
+    with torch.no_grad():
+        out = vae.encode(2 * torch.stack(x).float() / 255 - 1)
+        z = out.latent_dist.mode() if kind == "AutoencoderKL" else out.latents
+        pictures = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+    assert data.shape == tuple(z.shape[1:]) and z.std() > 0
+    stored = torch.from_numpy(data.arrays["latents"][[0, 14]]).float()
+    assert (stored - z).abs().max() < 1e-2 * z.abs().max()
+    decoded = celeba_latent.Codec(data.meta).decode(data.normalised(torch.tensor([0, 7])))
+    assert (decoded.float() - 255 * pictures).abs().max() < 2
+    assert not scflow.read(tmp_path / "latents/meta.pt")["weights"]  # the source is named, not copied
+
+
+# ═══ celeba_latent.py: latents ══════════════════════════════════════════════════════════════
+
+
+def contents(folder):
+    """What a latents folder holds: the arrays' bytes, and what meta.pt says."""
+    arrays = {name: Path(folder, f"{name}.npy").read_bytes() for name in ("latents", "thumbs", "textures")}
+    return arrays | scflow.read(folder / "meta.pt")
+
+
+def test_a_zip_is_encoded_like_the_folder_and_says_what_it_left_out(album, tmp_path, capsys):
+    """Arrays, statistics and sources bitwise the same; the broken and the tiny picture are counted and named."""
+    with zipfile.ZipFile(tmp_path / "album.zip", "w") as file:
+        for path in sorted((album / "pictures").rglob("*"), reverse=True):
+            file.write(path, path.relative_to(album / "pictures"))
+    assert faces("encode", "--images", tmp_path / "album.zip", *ENCODE, "--out", tmp_path / "latents") == 0
+    assert same(contents(tmp_path / "latents"), contents(album / "latents"))
+    said, meta = capsys.readouterr().out, scflow.read(album / "latents/meta.pt")
+    assert "60 pictures" in said and "2 skipped" in said and "small.png: too small (40×20)" in said
+    assert "a/broken.PNG: cannot be read" in said
+    names = {f"{'ab'[i % 2]}/deep/{i:02d}.{('png', 'jpg', 'webp')[i % 3]}" for i in range(60)}
+    assert set(meta["sources"]) == names and len(meta["sources"]) == 60
+    assert [name for name, _ in meta["skipped"]] == ["a/broken.PNG", "small.png"]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_crop_is_the_central_square(wide, tmp_path):
+    """Of a picture three squares long the middle one is read, and a marker beside its centre stays at its place."""
+    picture = torch.zeros(3, 32, 96, dtype=torch.uint8)
+    picture[0, :, :32], picture[2, :, 64:] = 200, 200  # red and blue at the sides
+    picture[1, :, 32:64] = 100
+    picture[1, 8:12, 36:40] = 255
+    save_picture(tmp_path / "a.png", picture if wide else picture.mT)
+    crop = celeba_latent.Pictures(tmp_path).read("a.png", 32)
+    crop = crop if wide else crop.mT
+    assert torch.equal(crop, picture[:, :, 32:64])
+    small = celeba_latent.Pictures(tmp_path).read("a.png", 8)
+    small = small if wide else small.mT
+    assert small[1].argmax() == 2 * 8 + 1 and small[::2].max() < 20  # the filter looks a little beyond the edge
+
+
+def test_pictures_are_resized_without_aliasing(tmp_path):
+    """A fine chequered pattern at any zoom becomes even grey (3 of 255 levels), grey and transparent pictures RGB."""
+    for side in (96, 112, 70):
+        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2 * 255
+        save_picture(tmp_path / "board.png", board.byte().expand(3, -1, -1))
+        assert (celeba_latent.Pictures(tmp_path).read("board.png", 16)[:, 2:-2, 2:-2].float() - 127.5).abs().max() < 3
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (40, 40)).save(tmp_path / "other.png")
+        assert celeba_latent.Pictures(tmp_path).read("other.png", 16).shape == (3, 16, 16)
+
+
+def test_every_picture_has_its_latent_and_its_mirror_image_the_next_row(album, tmp_path):
+    """Rows 2i and 2i+1 are the encoded picture i and its mirror (2e-3: float16); the last row is the last good one."""
+    tiny_pair(tmp_path / "pair", 4)
+    assert encode_again(album, tmp_path / "latents", "--autoencoder", tmp_path / "pair", "--batch", 7) == 0
+    data, pictures = celeba_latent.Latents(tmp_path / "latents"), celeba_latent.Pictures(album / "pictures")
+    x = torch.stack(pictures.read_all(data.meta["sources"], 32))
+    net = celeba_latent.TinyAutoencoder.read(tmp_path / "pair")
+    with torch.no_grad():
+        both = torch.stack([net.encode(x / 255), net.encode(x.flip(3) / 255)], 1).flatten(0, 1)
+    rows = torch.from_numpy(data.arrays["latents"][:120].astype(np.float32))
+    assert data.arrays["latents"].dtype == np.float16 and (both[0] - both[1]).abs().max() > 0.05
+    assert (rows - both).abs().max() < 2e-3 * both.abs().max()
+    assert not data.arrays["latents"][120:].any()  # room for pictures that were skipped
+    for ours, theirs in zip(data.originals(torch.arange(60)), scflow.picture_features(x)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    z = data.normalised(torch.tensor([3, 8]), mirrored=True)
+    expected = (both[[6, 7, 16, 17]] - data.meta["mean"]) / data.meta["std"]
+    assert (z - expected).abs().max() < 0.02 and torch.equal(data.normalised(torch.tensor([8])), z[2:3])
+
+
+def test_latents_are_normalised_per_channel_and_decoded_again(album, tmp_path):
+    """Mean 0 and deviation 1 in every channel (1e-3: float16); codec and statistics give the pictures back."""
+    data, all_of_them = celeba_latent.Latents(album / "latents"), torch.arange(60)
+    z = data.normalised(all_of_them, mirrored=True).double()
+    stored = data.arrays["latents"].astype(np.float64)
+    assert np.ptp(stored[:120].std((0, 2, 3))) > 0.1  # the channels differ: statistics over all would be seen
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3 and (z.std((0, 2, 3), unbiased=False) - 1).abs().max() < 1e-3
+    x = torch.stack(celeba_latent.Pictures(album / "pictures").read_all(data.meta["sources"], 32))
+    net = scflow.load(album / "latents/meta.pt")
+    best = net.decode(net.encode(x / 255)) * 255
+    decoded = celeba_latent.Codec(data.meta).decode(z.float()[::2], batch=7)
+    assert decoded.dtype == torch.uint8 and (decoded - best).abs().max() < 1.5 and (best - x).square().mean() > 1
+    assert encode_again(album, tmp_path / "none", "--autoencoder", "none") == 0
+    data = celeba_latent.Latents(tmp_path / "none")
+    decoded = celeba_latent.Codec(data.meta).decode(data.normalised(all_of_them))
+    assert (decoded.int() - x.int()).abs().max() <= 1
+
+
+def test_a_tenth_is_held_out_and_never_trained_on(album, tmp_path):
+    """The same pictures each time, with flips or without; batches hold the others and their mirrors, and no more."""
+    data = celeba_latent.Latents(album / "latents")
+    assert faces("encode", "--images", album / "pictures", *"--size 16 --autoencoder none --quiet".split(),
+                 "--out", tmp_path / "plain") == 0  # fmt: skip
+    other = celeba_latent.Latents(tmp_path / "plain")
+    assert torch.equal(data.held_out, other.held_out) and torch.equal(data.train, other.train)
+    assert len(data.held_out) == 6 and data.held_out.tolist() != list(range(6))
+    assert sorted(data.held_out.tolist() + data.train.tolist()) == list(range(60))
+    for latents in (data, other):
+        x, cond = latents.batch("cpu")(4000, gen())
+        rows = {tuple(row) for row in x.flatten(1).tolist()}
+        mine = latents.normalised(latents.train, mirrored=True)
+        assert cond is None and len(mine) == latents.copies * 54 and mine.shape[1:] == latents.shape
+        assert rows == {tuple(row) for row in mine.flatten(1).tolist()}
+        assert not rows & {
+            tuple(row) for row in latents.normalised(latents.held_out, mirrored=True).flatten(1).tolist()
+        }
+
+
+class Killed(BaseException):
+    """The process ends here: nobody catches this."""
+
+
+def nth(function, n, instead):
+    """The function, but for the n-th call."""
+    calls = itertools.count(1)
+    return lambda *args, **options: (instead if next(calls) == n else function)(*args, **options)
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+def saved_and_killed(*args, save=scflow.save, **options):
+    save(*args, **options)
+    raise Killed
+
+
+MOMENTS = {
+    "before the first save": ("picture_features", scflow.picture_features, 9, killed, 0),
+    "while encoding": ("picture_features", scflow.picture_features, 41, killed, 32),
+    "while saving": ("save", scflow.save, 3, killed, 32),
+    "after saving": ("save", scflow.save, 2, saved_and_killed, 32),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_encoding_is_refused_and_resumes_bit_for_bit(moment, album, tmp_path, monkeypatch, capsys):
+    """The half folder trains nothing; --resume takes other settings for an error, and encodes only what is missing."""
+    name, function, n, instead, done = MOMENTS[moment]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(scflow, name, nth(function, n, instead))
+        encode_again(album, tmp_path / "half")
+    assert faces("teacher", "--latents", tmp_path / "half", "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("no meta.pt" if done == 0 else "unfinished") in said
+    assert encode_again(album, tmp_path / "half", "--resume", "--size", 16) == 2
+    assert "other settings" in capsys.readouterr().err
+    seen, function = [], scflow.picture_features
+    monkeypatch.setattr(scflow, "picture_features", lambda x: (seen.append(len(x)), function(x))[1])
+    assert encode_again(album, tmp_path / "half", "--resume") == 0
+    assert same(contents(tmp_path / "half"), contents(album / "latents"))
+    assert sum(seen) <= 62 - done and not (tmp_path / "run").exists()
+
+
+def kill_while_saving(n, *argv):
+    """Run a command in a process that is killed half-way through its n-th save."""
+    program = f"""if True:
+        import os, signal, sys, torch, celeba_latent, scflow
+        celeba_latent.SIZES["small"], scflow.matmul_rate = {TINY!r}, lambda device: 1e9
+        save, calls = torch.save, []
+        def half(content, file):
+            calls.append(0)
+            if len(calls) < {n}:
+                return save(content, file)
+            file.write(b"PK half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = half
+        sys.exit(celeba_latent.main({list(map(str, argv))!r}))
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, timeout=100).returncode == -9
+
+
+def test_a_killed_encoding_resumes_bit_for_bit(album, tmp_path):
+    """A real SIGKILL in the middle of the second save; then --resume; then every byte is compared."""
+    out = tmp_path / "half"
+    kill_while_saving(2, "encode", "--images", album / "pictures", *ENCODE, "--out", out)
+    assert scflow.read(out / "meta.pt")["done"] == 16 and not scflow.read(out / "meta.pt")["complete"]
+    assert encode_again(album, out, "--resume") == 0
+    assert same(contents(out), contents(album / "latents"))
+    before = contents(out)
+    assert encode_again(album, out, "--resume") == 0 and same(contents(out), before)  # a finished folder stays
+
+
+@pytest.mark.parametrize("bad, word", [(20, "none"), (12, "20 are needed")])
+def test_too_few_good_pictures_are_an_error(bad, word, tmp_path, capsys):
+    """Nothing left, or next to nothing: exit code 2, one line that names a picture and why it was left out."""
+    for i, picture in enumerate(drawings(20)):
+        save_picture(tmp_path / f"pictures/{i:02d}.png", picture[:, : 10 if i < bad else 32])
+    for kind in ("pca", "none"):
+        assert faces("encode", "--images", tmp_path / "pictures", *ENCODE, "--autoencoder", kind, "--out",
+                     tmp_path / kind) == 2  # fmt: skip
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "00.png" in said + "00.png" * (kind == "pca") and "too small (32×10)" in said
+        assert word in said or (kind, word) == ("none", "none")
+        assert faces("teacher", "--latents", tmp_path / kind, "--out", tmp_path / "run") == 2
+        capsys.readouterr()
+
+
+# ═══ celeba_latent.py: teacher and student ══════════════════════════════════════════════════
+
+
+def training(demo, out, *changes):
+    """The demo's training again, in a folder of its own: the two commands."""
+    common = ["--out", out, "--save-every", "5", "--quiet"]
+    return ["teacher", "--latents", demo.latents, "--patch", 1, *common], ["distill", "--student-steps", 12, *common]
+
+
+def losses_logged(run):
+    with open(run / "log.csv", newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in ("images_per_s", "mfu")} for row in csv.DictReader(file)]
+
+
+def test_ctrl_c_in_training_on_latents_resumes_bit_for_bit(faces_demo, tmp_path, monkeypatch, capsys):
+    """SIGINT in teacher and student: saved there, refused without --resume or with other settings, equal at the end."""
+    out, note = tmp_path / "run", celeba_latent.Log.note
+    teacher, distill = training(faces_demo, out)
+
+    def refused_with(word, *argv):
+        before = {p: p.read_bytes() for p in out.iterdir()}
+        assert faces(*argv) == 2
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == 1 and {p: p.read_bytes() for p in out.iterdir()} == before
+
+    def stop(log, stage, state, total):
+        note(log, stage, state, total)
+        if state.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for name, command in (("teacher", teacher), ("student", distill)):
+        with monkeypatch.context() as patch:
+            patch.setattr(celeba_latent.Log, "note", stop)
+            assert faces(*command) == 130
+        said = capsys.readouterr().err
+        assert "--resume" in said and said.count("\n") == 1
+        assert scflow.read(out / f"{name}.pt")["state"]["step"] == 7
+        if name == "teacher":
+            refused_with("update 7", *distill)
+            refused_with("exists", *teacher)
+            refused_with("teacher_batch", *teacher, "--resume", "--teacher-batch", 8)
+        else:
+            refused_with("exists", *distill)
+            refused_with("schedule", *distill, "--resume", "--lambda-adv", 0.5)
+            refused_with("seed", *distill, "--resume", "--seed", 1)
+            refused_with("schedule", *distill, "--resume", "--student-steps", 13)
+        assert faces(*command, "--resume") == 0
+        assert equal_weights(out / f"{name}.pt", faces_demo.run / f"{name}.pt")
+    assert losses_logged(out) == losses_logged(faces_demo.run)
+    assert faces(*distill, "--overwrite") == 0 and equal_weights(out / "student.pt", faces_demo.run / "student.pt")
+    assert losses_logged(out) == losses_logged(faces_demo.run)
+
+
+@pytest.mark.parametrize("name, n", [("teacher", 2), ("student", 3)])
+def test_a_killed_training_on_latents_resumes_bit_for_bit(name, n, faces_demo, tmp_path):
+    """A real SIGKILL while a checkpoint is written, of the student in its second phase; the one before it is whole."""
+    out = tmp_path / "run"
+    teacher, distill = training(faces_demo, out)
+    if name == "student":
+        out.mkdir()
+        for file in ("teacher.pt", "config.json"):
+            shutil.copy(faces_demo.run / file, out)
+    command = teacher if name == "teacher" else distill
+    kill_while_saving(n, *command)
+    assert scflow.read(out / f"{name}.pt")["state"]["step"] == 5 * (n - 1)
+    assert faces(*command, "--resume") == 0
+    assert equal_weights(out / f"{name}.pt", faces_demo.run / f"{name}.pt")
+
+
+def test_checkpoints_of_faces_are_plain_and_complete(faces_demo):
+    """scflow.load alone rebuilds each network; no prefix in any name; all in float32; the codec travels along."""
+    for name, parts in (("teacher", ("net", "ema", "opt")), ("student", PARTS)):
+        content = scflow.read(faces_demo.run / f"{name}.pt")
+        net = scflow.load(faces_demo.run / f"{name}.pt")
+        assert isinstance(net, DiT) and net.shape == (64, 2, 2) and net.arch["dim"] == 16
+        assert same(net.state_dict(), content["state"]["parts"]["ema"])  # the average is what samples
+        assert content["state"]["parts"].keys() == set(parts) and content["state"]["step"] == 12
+        dictionaries = [content["weights"], content["codec"]["weights"], *content["state"]["parts"].values()]
+        assert not any(str(k).startswith(("_orig_mod.", "module.")) for d in dictionaries for k in d)
+        assert all(v.dtype == torch.float32 for v in content["weights"].values())
+        meta = scflow.read(faces_demo.latents / "meta.pt")
+        assert all(same(content["codec"][k], meta[k]) for k in ("arch", "weights", "mean", "std", "size"))
+
+
+def test_compiled_training_saves_plain_weights(album, tmp_path, monkeypatch):
+    """--compile yes compiles the teacher, and the five networks that distillation runs; no name gets a prefix."""
+    compiled, real = [], torch.compile
+
+    def compile_eagerly(function, *args, **options):
+        compiled.append(function)
+        return real(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    out, plain = tmp_path / "run", scflow.read(album / "run/student.pt")
+    common = ["--compile", "yes", "--out", out, "--quiet"]
+    assert faces("teacher", "--latents", album / "latents", "--teacher-steps", 3, *common) == 0
+    assert len(compiled) == 1
+    assert faces("distill", "--student-steps", 3, *common) == 0 and len(compiled) == 6
+    content = scflow.read(out / "student.pt")
+    assert content["weights"].keys() == plain["weights"].keys()
+    for name, part in plain["state"]["parts"].items():
+        assert content["state"]["parts"][name].keys() == part.keys()
+    for k, v in content["weights"].items():  # the same computation, in another order of sums
+        assert torch.allclose(v, plain["weights"][k], atol=1e-4), k
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset, phases", [("paper", 1), ("two_phase", 2)])
+def test_presets_run_in_both_precisions(preset, phases, precision, album, tmp_path, capsys):
+    """Finite losses in the log with speed beside them; an estimate before the start; the weights are float32."""
+    out = tmp_path / "run"
+    shutil.copytree(album / "run", out)
+    argv = ["distill", "--overwrite", "--out", out, "--preset", preset, "--student-steps", 12, "--student-batch", 8]
+    argv += ["--warmup-self", 2, "--warmup-bi", 2] if preset == "paper" else []
+    assert faces(*argv, "--precision", precision) == 0
+    said = capsys.readouterr().out
+    assert "minutes" in said and "GB on disk" in said and ("10 + 2 updates" if phases == 2 else "12 updates") in said
+    content = scflow.read(out / "student.pt")
+    assert len(content["plan"]["schedule"]) == phases and content["state"]["step"] == 12
+    assert all(v.dtype == torch.float32 for v in content["weights"].values())
+    with open(out / "log.csv", newline="", encoding="utf-8") as file:
+        row = [row for row in csv.DictReader(file) if row["stage"] == "student"][-1]
+    assert row["step"] == "11" and float(row["images_per_s"]) > 0 and float(row["mfu"]) > 0
+    kinds = {"paper": ("consistency", "adv", "self", "bi", "disc", "r1"), "two_phase": ("self", "adv", "disc")}
+    assert all(math.isfinite(float(row[k])) for k in kinds[preset])
+
+
+def test_the_log_counts_pictures_and_flops_by_phase(monkeypatch, tmp_path):
+    """10 updates in 2 s are 5 batches a second; utilisation is that times the phase's FLOPs; drawing is not counted."""
+    run, drawn = celeba_latent.Run(sheet_every=20, device="cpu", quiet=True), []
+    monkeypatch.setattr(scflow, "matmul_rate", lambda device: 1e6)
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2).__next__)
+    log = celeba_latent.Log(run, [], [(20, 4, 1000.0), (20, 8, 500.0)], [], lambda state: drawn.append(state.step))
+    for step in range(1, 41):
+        log.note("student", SimpleNamespace(step=step, losses={"adv": 1.0}), 40)
+    assert [row["step"] for row in log.rows] == [1, 11, 21, 31] and drawn == [20, 40]
+    assert [row.get("images_per_s") for row in log.rows] == [None, 20, None, 40]
+    assert [row.get("mfu") for row in log.rows] == [None, 0.02, None, 0.02]
+
+
+def test_the_estimate_adds_up_time_and_memory(monkeypatch, capsys):
+    """Updates × rows × FLOPs at 40% of the device's rate in minutes, and 4 bytes a number (three digits)."""
+    monkeypatch.setattr(scflow, "matmul_rate", lambda device: 1e12)
+    net = nn.Linear(999, 1000, bias=False)
+    celeba_latent.Log(celeba_latent.Run(device="cpu"), [], [(600, 10, 1e12), (300, 20, 2e12)], 50 * [net], None)
+    said = capsys.readouterr().out
+    assert "600 + 300 updates" in said and "about 7.5e+02 minutes" in said and "0.2 GB" in said
+
+
+# ═══ celeba_latent.py: samples and measures ═════════════════════════════════════════════════
+
+
+def test_samples_come_from_the_run_or_from_the_weights_file_alone(faces_demo, tmp_path, monkeypatch, capsys):
+    """The same pictures from both, equal to decoding by hand (1 of 255), by seed and steps; the grid holds them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(faces_demo.run / "student.pt", "moved.pt")
+    argv = ["sample", "--count", 5, "--seed", 3, "--steps", 1, 2]
+    assert faces(*argv, "--out", faces_demo.run, "--file", "a.npz") == 0
+    assert "2 network evaluations" in capsys.readouterr().out
+    assert faces(*argv, "--out", "moved.pt", "--file", "b.npz") == 0
+    assert faces(*argv, "--out", "moved.pt", "--file", "grid.png") == 0
+    assert faces(*argv[:3], "--seed", 4, "--out", "moved.pt", "--file", "c.npz", "--solver", "heun") == 0
+    assert "2 network evaluations" in capsys.readouterr().out.splitlines()[-1]
+    assert faces(*argv[:5], "--out", faces_demo.run / "teacher.pt", "--file", "d.npz") == 0
+    found = {name: np.load(f"{name}.npz")["pictures"] for name in ("a-1", "a-2", "b-1", "b-2", "c-1", "d-1")}
+    assert all(x.shape == (5, 32, 32, 3) and x.dtype == np.uint8 for x in found.values())
+    assert np.array_equal(found["a-1"], found["b-1"]) and np.array_equal(found["a-2"], found["b-2"])
+    for one, two in (("a-1", "a-2"), ("a-1", "c-1"), ("a-1", "d-1")):
+        assert not np.array_equal(found[one], found[two])
+    content, noise = scflow.read("moved.pt"), torch.randn(5, 64, 2, 2, generator=gen(3))
+    codec = content["codec"]
+    for steps in (1, 2):
+        z = sample(scflow.load("moved.pt"), noise, steps) * codec["std"] + codec["mean"]
+        tokens = z.flatten(2).mT @ codec["weights"]["basis"].T + codec["weights"]["mean"]
+        expected = 255 * scflow.unpatchify(tokens, 16, 32, 32).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        assert np.abs(found[f"a-{steps}"] - expected).max() < 1
+        with Image.open(f"grid-{steps}.png") as image:
+            grid = np.asarray(image)
+        assert grid.shape == (64, 96, 3) and (grid[32:, 64:] == 255).all()
+        tiles = [grid[r : r + 32, c : c + 32] for r in (0, 32) for c in (0, 32, 64)][:5]
+        assert np.array_equal(np.stack(tiles), found[f"a-{steps}"])
+
+
+def test_the_demo_leaves_measures_and_sheets(faces_demo):
+    """A row per network and step count, finite; the floor with its deviation; the table is the rows less the floor."""
+    metrics = json.loads((faces_demo.run / "metrics.json").read_text())
+    rows, floor = metrics["rows"], metrics["floor"]
+    who = [(r["who"], r.get("nfe")) for r in rows]
+    assert who == [
+        ("autoencoder", None),
+        *(("teacher", n) for n in (1, 2, 4, 50)),
+        *(("student", n) for n in (1, 2, 4, 8)),
+    ]
+    assert (metrics["samples"], metrics["held_out"], metrics["train"], metrics["seed"]) == (1000, 210, 1890, 0)
+    assert floor.keys() == {"layout", "texture", "coverage"} and all(sd > 0 for _, sd in floor.values())
+    assert floor["layout"][0] > 0 and floor["coverage"][0] > 0.9
+    for r in rows[1:]:
+        assert all(math.isfinite(r[k]) for k in ("layout", "texture", "coverage", "gap", "novelty"))
+        assert r["layout"] > 2 * rows[0]["layout"] and (r["gap"] == 0) == (r["nfe"] == 1)  # untrained
+    text = (faces_demo.run / "metrics.md").read_text()
+    lines = [line.split(" | ") for line in text.splitlines() if re.match(r"\| (autoencoder|teacher|student)", line)]
+    assert "1000 samples against 210 held-out" in text and f"layout {floor['layout'][0]:.4f} ±" in text
+    for cells, r in zip(lines, rows, strict=True):
+        assert cells[2] == f"{r['layout'] - floor['layout'][0]:.4f}" and cells[4] == f"{r['coverage']:.4f}"
+        assert cells[3] == f"{r['texture'] - floor['texture'][0]:.4f}"
+    for name in ("teacher", "student", "neighbours"):
+        with Image.open(faces_demo.run / f"{name}.png") as image:
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    data = celeba_latent.Latents(faces_demo.latents)
+    assert all(torch.equal(a, b) for a, b in zip(faces_demo.given, data.originals(data.held_out)))
+
+
+def test_measures_of_the_truth_are_those_of_the_autoencoder(faces_demo, tmp_path, monkeypatch):
+    """Held-out pictures in place of samples score below the floor and are new, trained-on ones are seen as copies."""
+    shutil.copytree(faces_demo.run, tmp_path / "run")
+    data, calls = celeba_latent.Latents(faces_demo.latents), []
+
+    def truth(net, noise, steps, codec, *rest):
+        calls.append(steps)
+        which = data.held_out if len(calls) <= 4 else data.train[::2]
+        pictures = codec.decode(data.normalised(which.repeat(5)[: len(noise)])).clamp(max=247)
+        return pictures + 8 * (steps > 1)  # brighter by 8 levels: the gap
+
+    monkeypatch.setattr(celeba_latent, "generate", truth)
+    monkeypatch.setattr(scflow, "PictureMeasure", lambda *given: faces_demo.measure)
+    assert faces("evaluate", "--out", tmp_path / "run", "--count", 1000) == 0 and calls == [1, 2, 4, 50, 1, 2, 4, 8]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    floor, rows = metrics["floor"], metrics["rows"]
+    assert floor == json.loads((faces_demo.run / "metrics.json").read_text())["floor"]
+    autoencoder, held_out, trained = rows[0], rows[1], rows[5]
+    assert held_out["layout"] < 0.5 * floor["layout"][0] and held_out["coverage"] == 1
+    assert abs(held_out["novelty"] - 1) < 0.1 and trained["novelty"] < 0.5
+    for k in ("layout", "texture"):
+        assert abs(trained[k] / autoencoder[k] - 1) < 0.25
+    assert abs(trained["coverage"] - autoencoder["coverage"]) < 0.05
+    assert all(abs(r["gap"] - (r["nfe"] > 1) * 8 / 255) < 1e-6 for r in rows[1:])
+
+
+def test_fid_is_taken_between_samples_and_held_out_originals(album, monkeypatch):
+    """The library gets uint8 (3,S,S) rows: the samples, and the held-out pictures themselves; without it, one line."""
+    data, given = celeba_latent.Latents(album / "latents"), {}
+
+    def calculate_metrics(input1, input2, fid, **options):
+        given.update(one=input1, two=input2)
+        return {"frechet_inception_distance": 12.5 if fid else None}
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(calculate_metrics=calculate_metrics))
+    pictures = drawings(7, 32, 5)
+    assert celeba_latent.inception_fid(pictures, data, album / "pictures") == 12.5
+    one, two = ([given[k][i] for i in range(len(given[k]))] for k in ("one", "two"))
+    assert torch.equal(torch.stack(one), pictures) and len(two) == 6
+    thumbs, _ = data.originals(data.held_out)
+    assert torch.equal(torch.stack(two), thumbs) and two[0].dtype == torch.uint8  # at 32 px they are the pictures
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="pip install torch-fidelity$"):
+        celeba_latent.inception_fid(pictures, data, album / "pictures")
+
+
+# ═══ celeba_latent.py: speed ════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.usefixtures("float64")
+def test_one_loss_at_a_time_is_the_same_computation():
+    """Values, gradients and draws of `distill_losses` to 1e-12, with a pass for every use: 5 for the student's 3."""
+    p = phase(**ALL_FOUR)
+    nets = {
+        k: Counted(critic() if k == "disc" else mlp(i)) for i, k in enumerate(("teacher", "student", "target", "disc"))
+    }
+    x0, x1, t, _ = draw(32)
+    results = []
+    for function in (celeba_latent.one_loss_at_a_time, distill_losses):
+        g = gen(7)
+        losses, fake = function(SimpleNamespace(**nets), x0, x1, t, p, p.weights(0), g)
+        parameters = list(nets["student"].parameters())
+        grads = torch.autograd.grad(sum(losses[k] * w for k, w in p.weights(0).items()), parameters)
+        results.append((losses, fake, g.get_state(), grads, nets["student"].rows))
+    (a, fake_a, state_a, grads_a, rows_a), (b, fake_b, state_b, grads_b, rows_b) = results
+    assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-12 for k in a) and torch.equal(state_a, state_b)
+    assert torch.allclose(fake_a, fake_b, atol=1e-12) and rows_a == 5 * 32 and rows_b - rows_a == 3 * 32
+    assert all(torch.allclose(x, y, rtol=1e-10, atol=1e-12) for x, y in zip(grads_a, grads_b))
+
+
+def test_bench_times_every_variant_and_finds_them_equal(tiny, tmp_path, monkeypatch, capsys):
+    """Two updates × four variants; ours is naive fp32 (1e-4), bfloat16 is near it; share is FLOPs by time by rate."""
+    rates = iter([1e9, 1.05e9])
+    monkeypatch.setattr(scflow, "matmul_rate", lambda device: next(rates))
+    monkeypatch.setattr(scflow, "rate", lambda *_: 1e9)
+    argv = "--channels 2 --side 8 --batch 4 --rounds 1 --updates 1 --device cpu".split()
+    assert faces("bench", *argv, "--out", tmp_path / "deep/bench") == 0
+    content = json.loads((tmp_path / "deep/bench.json").read_text())
+    rows, net = content["rows"], DiT((2, 8, 8), 2, **TINY[0])
+    assert [(r["update"], r["variant"]) for r in rows] == list(
+        itertools.product(("teacher", "distill"), celeba_latent.VARIANTS)
+    )
+    flops = {"teacher": 3 * net.flops()}
+    flops["distill"] = scflow.distill_flops(net, LatentDiscriminator((2, 8, 8)), Phase(), 0)
+    for r in rows:
+        close = 0.2 if r["variant"] == "bf16 eager" else 1e-4
+        assert r["loss"] < close and r["gradient"] < close and r["start_up"] > 0
+        assert (r["gradient"] > 1e-4) == (r["variant"] == "bf16 eager")
+        assert 0 < r["p10"] <= r["ratio"] <= r["p90"] < math.inf
+        assert abs(r["share"] * r["ms"] * 1e6 / (4 * flops[r["update"]]) - 1) < 1e-6
+    table = (tmp_path / "deep/bench.md").read_text()
+    assert len(re.findall(r"^\| small \| (?:teacher|distill) \|", table, re.M)) == 8
+    assert "5.0% meanwhile" in table and "MORE THAN 3%" in table and table in capsys.readouterr().out
+
+
+# ═══ celeba_latent.py: bad input ════════════════════════════════════════════════════════════
+
+
+@pytest.fixture(scope="module")
+def troubles(album, tmp_path_factory):
+    """A folder of everything that can be wrong, beside an album in order."""
+    at = tmp_path_factory.mktemp("troubles")
+    for name in ("latents", "run", "pictures"):
+        shutil.copytree(album / name, at / name)
+    stored = np.load(at / "latents/latents.npy")
+    spoiled = stored.copy()
+    spoiled[5, 0, 0, 0] = np.inf
+    arrays = {"shape": stored[:, :, :2], "short": stored[:100], "nan": spoiled, "wide": (8 * stored).astype(np.float16)}
+    for name in (*arrays, "cut", "gone", "damaged", "half", "other"):
+        shutil.copytree(at / "latents", at / name)
+    for name, array in arrays.items():
+        np.save(at / name / "latents.npy", array)
+    (at / "cut/thumbs.npy").write_bytes((at / "latents/thumbs.npy").read_bytes()[:5000])
+    (at / "gone/textures.npy").unlink()
+    (at / "damaged/meta.pt").write_bytes((at / "latents/meta.pt").read_bytes()[:1000])
+    meta = scflow.read(at / "latents/meta.pt")
+    torch.save(meta | {"complete": False}, at / "half/meta.pt")
+    torch.save(meta | {"mean": meta["mean"] + 0.1}, at / "other/meta.pt")
+    for name in ("unfinished", "foreign", "no-config", "untaught", "moved"):
+        shutil.copytree(at / "run", at / name)
+        (at / name / "student.pt").unlink()
+    teacher = scflow.read(at / "run/teacher.pt")
+    teacher["state"]["step"] = 2
+    torch.save(teacher, at / "unfinished/teacher.pt")
+    shutil.copy(at / "run/student.pt", at / "foreign/teacher.pt")
+    (at / "no-config/config.json").write_text("{")
+    (at / "untaught/teacher.pt").unlink()
+    config = json.loads((at / "run/config.json").read_text())
+    (at / "moved/config.json").write_text(json.dumps(config | {"latents": "nowhere"}))
+    for name in ("run", "unfinished"):
+        (at / name / "config.json").write_text(json.dumps(config | {"latents": "latents"}))
+    scflow.save(at / "points.pt", mlp())
+    (at / "empty").mkdir()
+    tiny_pair(at / "pair", 4)
+    tiny_pair(at / "alone", 4)
+    (at / "alone_decoder.pth").unlink()
+    tiny_pair(at / "cut-pair", 4)
+    (at / "cut-pair_encoder.pth").write_bytes((at / "pair_encoder.pth").read_bytes()[:2000])
+    for half in ("encoder", "decoder"):
+        torch.save(mlp().state_dict(), at / f"foreign-pair_{half}.pth")
+        shutil.copy(at / "pair_encoder.pth", at / f"twice_{half}.pth")
+    return at
+
+
+ENCODING = ["encode", "--images", "pictures", "--out", "new", "--size", "32"]
+TEACHING = ["teacher", "--teacher-steps", "3", "--out", "new", "--latents"]
+FACES_ERRORS = {
+    "no command": ([], "name a command"),
+    "unknown command": (["train"], "name a command"),
+    "unknown flag": (["demo", "--drawing", "3"], "--drawing"),
+    "device": (["demo", "--device", "tpu9"], "tpu9"),
+    "no drawings": (["demo", "--drawings", "0"], "drawings"),
+    "no pictures named": (["encode", "--out", "new"], "--images"),
+    "missing pictures": (["encode", "--images", "nowhere", "--out", "new"], "nowhere"),
+    "empty folder": (["encode", "--images", "empty", "--out", "new"], "empty"),
+    "not a zip": (["encode", "--images", "points.pt.txt", "--out", "new"], "points.pt.txt"),
+    "no zip of pictures": (["encode", "--images", "pictures/notes.txt", "--out", "new"], "neither"),
+    "zip without pictures": (["encode", "--images", "points.pt", "--out", "new"], "holds no"),
+    "size of patches": ([*ENCODING, "--size", "36"], "multiple of 8"),
+    "too many components": ([*ENCODING, "--channels", "193"], "1 to 192"),
+    "no components": ([*ENCODING, "--channels", "0"], "channels"),
+    "no batch": ([*ENCODING, "--batch", "-1"], "batch"),
+    "half a pair": ([*ENCODING, "--autoencoder", "alone"], "alone_decoder.pth"),
+    "damaged pair": ([*ENCODING, "--autoencoder", "cut-pair"], "cut-pair_encoder.pth"),
+    "foreign pair": ([*ENCODING, "--autoencoder", "foreign-pair"], "TAESD"),
+    "two encoders": ([*ENCODING, "--autoencoder", "twice"], "TAESD"),
+    "missing package": ([*ENCODING, "--autoencoder", "some/vae"], "pip install 'diffusers"),
+    "existing latents": ([*ENCODING, "--out", "latents"], "--overwrite"),
+    "resume and overwrite": ([*ENCODING, "--resume", "--overwrite"], "contradict"),
+    "resume of nothing": ([*ENCODING, "--resume"], "nothing to resume"),
+    "overwriting what is no run": ([*ENCODING, "--out", "pictures", "--overwrite"], "left alone"),
+    "unwritable": ([*ENCODING, "--out", "/dev/null/latents"], "cannot write"),
+    "no latents named": (TEACHING[:-1], "run encode"),
+    "missing latents": ([*TEACHING, "nowhere"], "nowhere"),
+    "pictures for latents": ([*TEACHING, "pictures"], "meta.pt"),
+    "unfinished latents": ([*TEACHING, "half"], "--resume"),
+    "damaged statistics": ([*TEACHING, "damaged"], "meta.pt"),
+    "latents of another shape": ([*TEACHING, "shape"], "has shape"),
+    "too few latents": ([*TEACHING, "short"], "has shape"),
+    "latents that are not finite": ([*TEACHING, "nan"], "not finite"),
+    "latents of another scale": ([*TEACHING, "wide"], "deviation of 8"),
+    "truncated thumbnails": ([*TEACHING, "cut"], "thumbs.npy"),
+    "missing textures": ([*TEACHING, "gone"], "textures.npy"),
+    "patches that do not tile": ([*TEACHING, "latents", "--patch", "3"], "patches of 3"),
+    "unknown size": ([*TEACHING, "latents", "--size", "XL"], "XL"),
+    "existing run": ([*TEACHING, "latents", "--out", "run"], "--overwrite"),
+    "teacher steps": ([*TEACHING, "latents", "--teacher-steps", "0"], "teacher_steps"),
+    "no teacher": (["distill", "--out", "untaught"], "run celeba_latent.py teacher"),
+    "no run": (["distill", "--out", "nowhere"], "run celeba_latent.py teacher"),
+    "unfinished teacher": (["distill", "--out", "unfinished"], "update 2"),
+    "a student for a teacher": (["distill", "--out", "foreign"], "teacher.pt"),
+    "damaged settings": (["distill", "--out", "no-config"], "config.json"),
+    "latents that went away": (["distill", "--out", "moved"], "nowhere"),
+    "another autoencoder": (["distill", "--out", "moved", "--latents", "other"], "another autoencoder"),
+    "existing student": (["distill", "--out", "run"], "--overwrite"),
+    "another schedule": (
+        ["distill", "--out", "run", "--resume", "--preset", "paper", "--student-steps", "2000"],
+        "sched",
+    ),
+    "endless warm-up": (["distill", "--out", "run", "--preset", "paper", "--student-steps", "9"], "warmup_self"),
+    "three values, two phases": (["distill", "--out", "run", "--lambda-self", "0", "1", "2"], "phases"),
+    "frozen first": (["distill", "--out", "run", "--preset", "paper", "--self-source", "frozen"], "first phase"),
+    "sample without a run": (["sample", "--out", "nowhere"], "nowhere"),
+    "sample of points": (["sample", "--out", "points.pt"], "points.pt"),
+    "no steps": (["sample", "--out", "run", "--steps", "0"], "step"),
+    "no samples": (["sample", "--out", "run", "--count", "0"], "count"),
+    "kind of file": (["sample", "--out", "run", "--file", "faces.gif"], ".npz"),
+    "sample into nowhere": (["sample", "--out", "run", "--count", "2", "--file", "nowhere/a.png"], "nowhere"),
+    "few samples": (["evaluate", "--out", "run", "--count", "100"], "1000 or more"),
+    "few pictures": (["evaluate", "--out", "run", "--count", "1000"], "too few"),
+    "evaluation without a student": (["evaluate", "--out", "moved"], "student.pt"),
+    "evaluation with other latents": (["evaluate", "--out", "run", "--latents", "other"], "another autoencoder"),
+    "bench of an unknown size": (["bench", "--sizes", "XL"], "XL"),
+    "no rounds": (["bench", "--rounds", "0"], "rounds"),
+}
+
+
+@pytest.mark.parametrize("case", FACES_ERRORS)
+def test_bad_input_for_faces_is_one_clear_line_and_changes_nothing(case, troubles, monkeypatch, capsys):
+    """Exit code 2, one line on stderr that names the trouble, no traceback, and no file written or lost."""
+    monkeypatch.chdir(troubles)
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
+    before = {p: p.stat().st_mtime_ns for p in troubles.rglob("*")}
+    argv, word = FACES_ERRORS[case]
+    assert faces(*argv) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and error.startswith("celeba_latent.py: error: ")
+    assert {p: p.stat().st_mtime_ns for p in troubles.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command", ["encode", "teacher", "distill", "sample"])
+def test_running_out_of_memory_says_what_to_lower(command, troubles, tmp_path, monkeypatch, capsys):
+    """torch's error, of many lines, becomes one that names the settings; exit code 2."""
+    monkeypatch.chdir(troubles)
+
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    where = {"encode": (celeba_latent.PatchPCA, "encode"), "teacher": (scflow, "flow_matching_loss")}
+    where |= {"distill": (scflow, "distill_step"), "sample": (scflow, "sample")}
+    monkeypatch.setattr(*where[command], full)
+    shutil.copytree("moved", tmp_path / "run")
+    argv = {"encode": [*ENCODING, "--out", tmp_path / "new"], "sample": ["sample", "--out", "run"]}
+    argv |= {"teacher": [*TEACHING, "latents", "--out", tmp_path / "new"]}
+    argv |= {"distill": ["distill", "--latents", "latents", "--out", tmp_path / "run"]}
+    assert faces(*argv[command], *(["--quiet"] if command != "sample" else [])) == 2
+    error = capsys.readouterr().err
+    assert "out of memory" in error and "--student-batch" in error and error.count("\n") == 1
 
 
 # ═══ README.md ══════════════════════════════════════════════════════════════════════════════
