@@ -245,11 +245,9 @@ scflow.NETWORKS |= {c.__name__: c for c in (PatchPCA, TinyAutoencoder, Diffusers
 
 def autoencoder(name, size, channels):
     """The autoencoder that `--autoencoder` names: pca, none, the prefix of a TAESD pair, or a diffusers source."""
-    if name in ("pca", "none"):
-        net = PatchPCA(8, channels) if name == "pca" else PatchPCA(1, 3)
-    else:
-        tiny = any(Path(f"{name}_{half}.pth").exists() for half in ("encoder", "decoder"))
-        net = TinyAutoencoder.read(name) if tiny else Diffusers(name)
+    closed = {"pca": (8, channels), "none": (1, 3)}
+    other = TinyAutoencoder.read if Path(f"{name}_encoder.pth").exists() else Diffusers
+    net = PatchPCA(*closed[name]) if name in closed else other(name)
     require(size % net.factor == 0, f"--size {size} must be a multiple of {net.factor} for this autoencoder")
     return net.eval().requires_grad_(False)
 
@@ -309,11 +307,11 @@ class Pictures:
 
     def read(self, name, size):
         """uint8 (3,size,size): the central square, antialiased; or a string that says why there is none."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         try:
             with Image.open(self.zip.open(name) if self.zip else self.path / name) as image:
-                image = image.convert("RGB")
+                image = ImageOps.exif_transpose(image).convert("RGB")  # as the camera was held
         except Exception as error:  # broken files raise nearly anything
             return f"cannot be read ({type(error).__name__})"
         side = min(image.size)
@@ -424,14 +422,14 @@ class Latents:
         self.meta = meta = scflow.read(path)
         require(meta.get("complete"), f"{folder} is unfinished: give the same encode command with --resume")
         self.shape, self.copies, self.arrays, count = tuple(meta["shape"]), 1 + meta["flips"], {}, len(meta["sources"])
-        for name, _, n, shape in layout(meta):
+        for name, kind, n, shape in layout(meta):
             file = Path(folder, f"{name}.npy")
             try:
-                self.arrays[name] = array = np.load(file, mmap_mode="r")
+                self.arrays[name] = array = np.lib.format.open_memmap(file, mode="r")
             except (OSError, ValueError, EOFError):
                 raise ValueError(f"{file} is missing or damaged: run encode again") from None
-            fits = array.shape[1:] == shape and len(array) >= n * count
-            require(fits, f"{file} has shape {array.shape}, not {(n * count, *shape)}: run encode again")
+            fits = array.dtype == kind and array.shape[1:] == shape and len(array) >= n * count
+            require(fits, f"{file} holds {array.dtype} {array.shape}, not {(n * count, *shape)}: run encode again")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         self.held_out, self.train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
 
@@ -444,6 +442,7 @@ class Latents:
 
     def batch(self, device):
         """`batch(n, generator)` over the training latents, which live on the device: no loader."""
+        self.normalised(self.held_out)  # a bad value is found now, and not when the first sheet is drawn
         z = self.normalised(self.train, device, mirrored=True)
         std = z.std().item()
         require(0.8 < std < 1.25, f"the normalised latents have a deviation of {std:.2f}, not 1: run encode again")
@@ -532,8 +531,7 @@ class Log:
         """Record a State of the teacher or the student."""
         if state.step % 10 == 1:
             now, speed = time.perf_counter(), {}
-            ends = np.cumsum([part[0] for part in self.plan])
-            _, batch, flops = self.plan[int((state.step > ends).sum())]
+            _, batch, flops = self.plan[np.searchsorted(np.cumsum([part[0] for part in self.plan]), state.step)]
             if self.clock:
                 images = batch * (state.step - self.clock[1]) / (now - self.clock[0])
                 speed = dict(images_per_s=round(images, 1), mfu=round(images * flops / self.rate, 4))
@@ -740,7 +738,7 @@ def report(metrics):
     names += ["fid"] * ("fid" in metrics["rows"][-1])
     shown = ", ".join(f"{name} {mean:.4f} ± {sd:.4f}" for name, (mean, sd) in floor.items())
     head = f"{metrics['samples']} samples against {metrics['held_out']} held-out pictures, seed {metrics['seed']}; "
-    head += f"{metrics['machine']}. Fréchet distances less the floor that as many training pictures set: {shown}.\n"
+    head += f"{metrics['machine']}. Fréchet distances less the floor that as many real ones set: {shown}.\n"
     lines = [head, f"| network | evaluations | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for r in metrics["rows"]:
         values = {k: r[k] - floor[k][0] if k in ("layout", "texture") else r[k] for k in names if k in r}
@@ -779,7 +777,8 @@ class Demo(Folder):
 def demo_command(argv):
     """The whole pipeline on drawn faces: latents, teacher, student, sheet of samples, measures."""
     demo, clock = Demo(**cli(argv, demo_command.__doc__, Demo)[0]), time.perf_counter()
-    flags = [flag for flag in ("--resume", "--overwrite", "--quiet") if getattr(demo, flag[2:])]
+    started = Path(demo.out, "config.json").exists()  # or it was stopped while it encoded
+    flags = ["--quiet"] * demo.quiet + ["--overwrite"] * demo.overwrite + ["--resume"] * (demo.resume and started)
     common = ["--out", demo.out, "--seed", str(demo.seed), "--device", demo.device]
 
     def read(names):  # the first drawing of a batch seeds it
@@ -909,10 +908,10 @@ def bench_command(argv):
     noisy = " (MORE THAN 3%: run again on a quiet machine)" * (drift > 0.03)
     text = f"""`{" ".join(["python celeba_latent.py bench", *argv])}`, {toy_2d.machine()}
 
-Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; moved by {drift:.1%}{noisy}. ratio:
-naive fp32 time over this, median, p10, p90 of {2 * bench.rounds} turns; share: of the matrix product; gb: peak memory
-beside the other variants; loss, gradient: relative difference from naive fp32 in the first update; start_up: seconds of
-that update, with compilation; repaid: after so many updates, against bf16 eager.
+Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; moved by {drift:.1%}{noisy}.
+ratio: naive fp32 time over this one, median, p10 and p90 of {2 * bench.rounds} turns; share: of the matrix product's
+rate; gb: peak memory beside the other variants; loss, gradient: relative difference from naive fp32 in the first
+update; start_up: seconds of that update, with compilation; repaid: after so many updates, against bf16 eager.
 
 {table}"""
     Path(bench.out).parent.mkdir(parents=True, exist_ok=True)
@@ -931,12 +930,12 @@ def main(argv=None):
     try:
         require(argv and argv[0] in COMMANDS, f"name a command: {', '.join(COMMANDS)} (each has --help)")
         return COMMANDS[argv[0]](argv[1:]) or 0
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         error, code = (
-            "error: out of memory: lower --batch, --teacher-batch or --student-batch, or take a smaller --size",
+            "error: out of memory: lower --batch, --teacher-batch or --student-batch, or take a smaller net",
             2,
         )
-    except (ValueError, FloatingPointError, OSError) as reason:
+    except (ValueError, FloatingPointError, OSError, zipfile.BadZipFile) as reason:
         error, code = f"error: {reason}", 2
     except (Stopped, KeyboardInterrupt):
         error, code = "stopped, and saved: the same command with --resume goes on", 130

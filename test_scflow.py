@@ -7,6 +7,7 @@ random ones are z-scores at a fixed seed.
 import ast
 import copy
 import csv
+import functools
 import itertools
 import json
 import math
@@ -1171,14 +1172,14 @@ UPDATES |= {k: phase(**v, steps=2) for k, v in VARIANTS.items()}
 @pytest.mark.parametrize("name", UPDATES)
 def test_flops_of_an_update_are_those_counted(name):
     """Within 4% of torch's count of a real update: a first layer has no gradient to pass on, and R1 is left out."""
-    p, shape = scflow.replace(UPDATES[name], batch=16, r1=0.0), (4, 8, 8)
-    net, disc = scramble(DiT(shape, 2, dim=64, depth=4, heads=2)), LatentDiscriminator(shape, width=16)
+    p, shape = scflow.replace(UPDATES[name], batch=4, r1=0.0), (4, 8, 8)
+    net, disc = scramble(DiT(shape, 2, dim=64, depth=3, heads=2)), LatentDiscriminator(shape, width=16)
     latents = lambda n, g: (torch.randn(n, *shape, generator=g), None)  # noqa: E731
     run = next(distill(net, disc, latents, gen(), (phase(lambda_self=1.0, batch=1),)))
     run.source = getattr(run, p.self_source)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         scflow.distill_step(run, p, p.steps - 1, latents)
-    counted = counter.get_total_flops() / 16
+    counted = counter.get_total_flops() / 4
     assert abs(scflow.distill_flops(net, disc, p, p.steps - 1) / counted - 1) < 0.04
     if name == "faces paper 0":  # losses that are still off cost nothing
         assert scflow.distill_flops(net, disc, p, 0) < 0.8 * counted
@@ -1874,13 +1875,15 @@ def album(tiny, tmp_path_factory):
 
 
 def test_drawn_faces_are_pictures_of_any_size():
-    """Values in [0,1], the same twice, and at 64 px pooled to 32 px as at 32 px but for the edges (mean 2%)."""
+    """Values in [0,1], the same twice, and at 64 px pooled to 32 px as at 32 px but for the edges (1.2%: hard edges 1.4%)."""
     traits = torch.rand(50, celeba_latent.TRAITS, generator=gen())
     small, large = (celeba_latent.draw_faces(traits, size) for size in (32, 64))
     assert small.shape == (50, 3, 32, 32) and small.min() >= 0 and small.max() <= 1 and small.std() > 0.1
     assert torch.equal(small, celeba_latent.draw_faces(traits, 32))
     assert torch.allclose(small[7:8], celeba_latent.draw_faces(traits[7:8], 32), atol=1e-6)
-    assert (F.avg_pool2d(large, 2) - small).abs().mean() < 0.02
+    assert (F.avg_pool2d(large, 2) - small).abs().mean() < 0.012
+    sharp = [(x[..., 1:] - x[..., :-1]).abs().amax((1, 2, 3)).mean() for x in (small, large)]
+    assert 0.8 < sharp[1] / sharp[0] < 1.25  # an edge takes as many pixels at any size
 
 
 def test_every_trait_is_seen_and_no_two_faces_are_alike():
@@ -2081,6 +2084,14 @@ def test_the_crop_is_the_central_square(wide, tmp_path):
     assert small[1].argmax() == 2 * 8 + 1 and small[::2].max() < 20  # the filter looks a little beyond the edge
 
 
+def test_a_photograph_is_read_as_the_camera_was_held(tmp_path):
+    """The EXIF orientation 6 is a quarter turn: the picture's left column becomes the top row."""
+    picture, tag = torch.zeros(3, 16, 16, dtype=torch.uint8), Image.Exif()
+    picture[:, :, :4], tag[0x0112] = 200, 6
+    save_picture(tmp_path / "a.png", picture, exif=tag)
+    assert torch.equal(celeba_latent.Pictures(tmp_path).read("a.png", 16), picture.mT)
+
+
 def test_pictures_are_resized_without_aliasing(tmp_path):
     """A fine chequered pattern at any zoom becomes even grey (3 of 255 levels), grey and transparent pictures RGB."""
     for side in (96, 112, 70):
@@ -2102,7 +2113,7 @@ def test_every_picture_has_its_latent_and_its_mirror_image_the_next_row(album, t
     with torch.no_grad():
         both = torch.stack([net.encode(x / 255), net.encode(x.flip(3) / 255)], 1).flatten(0, 1)
     rows = torch.from_numpy(data.arrays["latents"][:120].astype(np.float32))
-    assert data.arrays["latents"].dtype == np.float16 and (both[0] - both[1]).abs().max() > 0.05
+    assert data.arrays["latents"].dtype == np.float16 and (both[::2] - both[1::2]).abs().max() > 0.03
     assert (rows - both).abs().max() < 2e-3 * both.abs().max()
     assert not data.arrays["latents"][120:].any()  # room for pictures that were skipped
     for ours, theirs in zip(data.originals(torch.arange(60)), scflow.picture_features(x)):
@@ -2133,7 +2144,7 @@ def test_latents_are_normalised_per_channel_and_decoded_again(album, tmp_path):
 def test_a_tenth_is_held_out_and_never_trained_on(album, tmp_path):
     """The same pictures each time, with flips or without; batches hold the others and their mirrors, and no more."""
     data = celeba_latent.Latents(album / "latents")
-    assert faces("encode", "--images", album / "pictures", *"--size 16 --autoencoder none --quiet".split(),
+    assert faces("encode", "--images", album / "pictures", *"--size 24 --autoencoder none --quiet".split(),
                  "--out", tmp_path / "plain") == 0  # fmt: skip
     other = celeba_latent.Latents(tmp_path / "plain")
     assert torch.equal(data.held_out, other.held_out) and torch.equal(data.train, other.train)
@@ -2330,11 +2341,13 @@ def test_compiled_training_saves_plain_weights(album, tmp_path, monkeypatch):
     """--compile yes compiles the teacher, and the five networks that distillation runs; no name gets a prefix."""
     compiled, real = [], torch.compile
 
-    def compile_eagerly(function, *args, **options):
-        compiled.append(function)
-        return real(function, backend="eager")
+    def compile_nothing(thing, *args, **options):
+        compiled.append(thing)
+        return (
+            real(thing, backend="eager") if isinstance(thing, nn.Module) else thing
+        )  # a wrapper, or a method as it is
 
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    monkeypatch.setattr(torch, "compile", compile_nothing)
     out, plain = tmp_path / "run", scflow.read(album / "run/student.pt")
     common = ["--compile", "yes", "--out", out, "--quiet"]
     assert faces("teacher", "--latents", album / "latents", "--teacher-steps", 3, *common) == 0
@@ -2344,23 +2357,28 @@ def test_compiled_training_saves_plain_weights(album, tmp_path, monkeypatch):
     assert content["weights"].keys() == plain["weights"].keys()
     for name, part in plain["state"]["parts"].items():
         assert content["state"]["parts"][name].keys() == part.keys()
-    for k, v in content["weights"].items():  # the same computation, in another order of sums
-        assert torch.allclose(v, plain["weights"][k], atol=1e-4), k
+    assert same(content["weights"], plain["weights"])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("preset, phases", [("paper", 1), ("two_phase", 2)])
-def test_presets_run_in_both_precisions(preset, phases, precision, album, tmp_path, capsys):
+@pytest.mark.parametrize("preset, precision", [("paper", "fp32"), ("paper", "bf16"), ("two_phase", "bf16")])
+def test_presets_run_in_both_precisions(preset, precision, album, tmp_path, monkeypatch, capsys):
     """Finite losses in the log with speed beside them; an estimate before the start; the weights are float32."""
-    out = tmp_path / "run"
+    out, seen, loop = tmp_path / "run", [], scflow.distill
+
+    def spy(teacher, disc, *rest, **options):
+        seen.extend([teacher.precision, disc.precision])
+        return loop(teacher, disc, *rest, **options)
+
+    monkeypatch.setattr(scflow, "distill", spy)
     shutil.copytree(album / "run", out)
     argv = ["distill", "--overwrite", "--out", out, "--preset", preset, "--student-steps", 12, "--student-batch", 8]
     argv += ["--warmup-self", 2, "--warmup-bi", 2] if preset == "paper" else []
     assert faces(*argv, "--precision", precision) == 0
+    assert seen == 2 * [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
     said = capsys.readouterr().out
-    assert "minutes" in said and "GB on disk" in said and ("10 + 2 updates" if phases == 2 else "12 updates") in said
+    assert "minutes" in said and "GB on disk" in said and {"paper": "12", "two_phase": "10 + 2"}[preset] in said
     content = scflow.read(out / "student.pt")
-    assert len(content["plan"]["schedule"]) == phases and content["state"]["step"] == 12
+    assert len(content["plan"]["schedule"]) == len(celeba_latent.SCHEDULES[preset]) and content["state"]["step"] == 12
     assert all(v.dtype == torch.float32 for v in content["weights"].values())
     with open(out / "log.csv", newline="", encoding="utf-8") as file:
         row = [row for row in csv.DictReader(file) if row["stage"] == "student"][-1]
@@ -2397,10 +2415,15 @@ def test_the_estimate_adds_up_time_and_memory(monkeypatch, capsys):
 def test_samples_come_from_the_run_or_from_the_weights_file_alone(faces_demo, tmp_path, monkeypatch, capsys):
     """The same pictures from both, equal to decoding by hand (1 of 255), by seed and steps; the grid holds them."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(faces_demo.run / "student.pt", "moved.pt")
+    content = scflow.read(faces_demo.run / "student.pt")  # of so short a run, hardly other than its teacher
+    content["weights"]["head.weight"] += 0.2 * torch.randn(content["weights"]["head.weight"].shape, generator=gen())
+    torch.save(content, "moved.pt")
+    Path("run").mkdir()
+    shutil.copy("moved.pt", "run/student.pt")
     argv = ["sample", "--count", 5, "--seed", 3, "--steps", 1, 2]
-    assert faces(*argv, "--out", faces_demo.run, "--file", "a.npz") == 0
+    assert faces(*argv, "--out", "run", "--file", "a.npz") == 0
     assert "2 network evaluations" in capsys.readouterr().out
+    shutil.rmtree("run")
     assert faces(*argv, "--out", "moved.pt", "--file", "b.npz") == 0
     assert faces(*argv, "--out", "moved.pt", "--file", "grid.png") == 0
     assert faces(*argv[:3], "--seed", 4, "--out", "moved.pt", "--file", "c.npz", "--solver", "heun") == 0
@@ -2411,8 +2434,7 @@ def test_samples_come_from_the_run_or_from_the_weights_file_alone(faces_demo, tm
     assert np.array_equal(found["a-1"], found["b-1"]) and np.array_equal(found["a-2"], found["b-2"])
     for one, two in (("a-1", "a-2"), ("a-1", "c-1"), ("a-1", "d-1")):
         assert not np.array_equal(found[one], found[two])
-    content, noise = scflow.read("moved.pt"), torch.randn(5, 64, 2, 2, generator=gen(3))
-    codec = content["codec"]
+    codec, noise = content["codec"], torch.randn(5, 64, 2, 2, generator=gen(3))
     for steps in (1, 2):
         z = sample(scflow.load("moved.pt"), noise, steps) * codec["std"] + codec["mean"]
         tokens = z.flatten(2).mT @ codec["weights"]["basis"].T + codec["weights"]["mean"]
@@ -2436,8 +2458,8 @@ def test_the_demo_leaves_measures_and_sheets(faces_demo):
         *(("student", n) for n in (1, 2, 4, 8)),
     ]
     assert (metrics["samples"], metrics["held_out"], metrics["train"], metrics["seed"]) == (1000, 210, 1890, 0)
-    assert floor.keys() == {"layout", "texture", "coverage"} and all(sd > 0 for _, sd in floor.values())
-    assert floor["layout"][0] > 0 and floor["coverage"][0] > 0.9
+    assert floor.keys() == {"layout", "texture", "coverage"} and floor["coverage"][0] > 0.9
+    assert all(0 < floor[k][1] < floor[k][0] for k in ("layout", "texture"))
     for r in rows[1:]:
         assert all(math.isfinite(r[k]) for k in ("layout", "texture", "coverage", "gap", "novelty"))
         assert r["layout"] > 2 * rows[0]["layout"] and (r["gap"] == 0) == (r["nfe"] == 1)  # untrained
@@ -2449,22 +2471,25 @@ def test_the_demo_leaves_measures_and_sheets(faces_demo):
         assert cells[3] == f"{r['texture'] - floor['texture'][0]:.4f}"
     for name in ("teacher", "student", "neighbours"):
         with Image.open(faces_demo.run / f"{name}.png") as image:
-            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+            assert len(np.unique(np.asarray(image.convert("RGB")) @ [65536, 256, 1])) > 50
     data = celeba_latent.Latents(faces_demo.latents)
     assert all(torch.equal(a, b) for a, b in zip(faces_demo.given, data.originals(data.held_out)))
 
 
 def test_measures_of_the_truth_are_those_of_the_autoencoder(faces_demo, tmp_path, monkeypatch):
-    """Held-out pictures in place of samples score below the floor and are new, trained-on ones are seen as copies."""
+    """Held-out pictures in place of samples beat the floor and are new; others are as good as decoded, and copies."""
     shutil.copytree(faces_demo.run, tmp_path / "run")
     data, calls = celeba_latent.Latents(faces_demo.latents), []
+    some = {"teacher": data.held_out.repeat(5), "student": data.train[torch.randperm(1890, generator=gen())]}
+    codec = celeba_latent.Codec(data.meta)
+    truths = {who: codec.decode(data.normalised(which[:1000])) for who, which in some.items()}
+    moved = {who: pictures ^ 8 for who, pictures in truths.items()}  # by 8 levels everywhere: the gap
 
-    def truth(net, noise, steps, codec, *rest):
+    def truth(net, noise, steps, codec):
         calls.append(steps)
-        which = data.held_out if len(calls) <= 4 else data.train[::2]
-        pictures = codec.decode(data.normalised(which.repeat(5)[: len(noise)])).clamp(max=247)
-        return pictures + 8 * (steps > 1)  # brighter by 8 levels: the gap
+        return (truths if steps == 1 else moved)["teacher" if len(calls) <= 4 else "student"]
 
+    monkeypatch.setattr(celeba_latent, "features_of", functools.cache(celeba_latent.features_of))
     monkeypatch.setattr(celeba_latent, "generate", truth)
     monkeypatch.setattr(scflow, "PictureMeasure", lambda *given: faces_demo.measure)
     assert faces("evaluate", "--out", tmp_path / "run", "--count", 1000) == 0 and calls == [1, 2, 4, 50, 1, 2, 4, 8]
@@ -2474,8 +2499,8 @@ def test_measures_of_the_truth_are_those_of_the_autoencoder(faces_demo, tmp_path
     autoencoder, held_out, trained = rows[0], rows[1], rows[5]
     assert held_out["layout"] < 0.5 * floor["layout"][0] and held_out["coverage"] == 1
     assert abs(held_out["novelty"] - 1) < 0.1 and trained["novelty"] < 0.5
-    for k in ("layout", "texture"):
-        assert abs(trained[k] / autoencoder[k] - 1) < 0.25
+    for k in ("layout", "texture"):  # another thousand of the same
+        assert abs(trained[k] - autoencoder[k]) < 4 * floor[k][1]
     assert abs(trained["coverage"] - autoencoder["coverage"]) < 0.05
     assert all(abs(r["gap"] - (r["nfe"] > 1) * 8 / 255) < 1e-6 for r in rows[1:])
 
@@ -2526,7 +2551,13 @@ def test_one_loss_at_a_time_is_the_same_computation():
 
 def test_bench_times_every_variant_and_finds_them_equal(tiny, tmp_path, monkeypatch, capsys):
     """Two updates × four variants; ours is naive fp32 (1e-4), bfloat16 is near it; share is FLOPs by time by rate."""
-    rates = iter([1e9, 1.05e9])
+    rates, naive = iter([1e9, 1.05e9]), []
+
+    def spy(nets, *rest, function=celeba_latent.one_loss_at_a_time):
+        naive.append(nets)
+        return function(nets, *rest)
+
+    monkeypatch.setattr(celeba_latent, "one_loss_at_a_time", spy)
     monkeypatch.setattr(scflow, "matmul_rate", lambda device: next(rates))
     monkeypatch.setattr(scflow, "rate", lambda *_: 1e9)
     argv = "--channels 2 --side 8 --batch 4 --rounds 1 --updates 1 --device cpu".split()
@@ -2544,9 +2575,10 @@ def test_bench_times_every_variant_and_finds_them_equal(tiny, tmp_path, monkeypa
         assert (r["gradient"] > 1e-4) == (r["variant"] == "bf16 eager")
         assert 0 < r["p10"] <= r["ratio"] <= r["p90"] < math.inf
         assert abs(r["share"] * r["ms"] * 1e6 / (4 * flops[r["update"]]) - 1) < 1e-6
+    assert len(set(naive)) == 2  # the runs of two variants
     table = (tmp_path / "deep/bench.md").read_text()
     assert len(re.findall(r"^\| small \| (?:teacher|distill) \|", table, re.M)) == 8
-    assert "5.0% meanwhile" in table and "MORE THAN 3%" in table and table in capsys.readouterr().out
+    assert "5.0%" in table and "MORE THAN 3%" in table and table in capsys.readouterr().out
 
 
 # ═══ celeba_latent.py: bad input ════════════════════════════════════════════════════════════
@@ -2560,7 +2592,7 @@ def troubles(album, tmp_path_factory):
         shutil.copytree(album / name, at / name)
     stored = np.load(at / "latents/latents.npy")
     spoiled = stored.copy()
-    spoiled[5, 0, 0, 0] = np.inf
+    spoiled[0, 0, 0, 0] = np.inf
     arrays = {"shape": stored[:, :, :2], "short": stored[:100], "nan": spoiled, "wide": (8 * stored).astype(np.float16)}
     for name in (*arrays, "cut", "gone", "damaged", "half", "other"):
         shutil.copytree(at / "latents", at / name)
@@ -2600,6 +2632,7 @@ def troubles(album, tmp_path_factory):
 
 ENCODING = ["encode", "--images", "pictures", "--out", "new", "--size", "32"]
 TEACHING = ["teacher", "--teacher-steps", "3", "--out", "new", "--latents"]
+DISTILLING = ["distill", "--student-steps", "9", "--out"]
 FACES_ERRORS = {
     "no command": ([], "name a command"),
     "unknown command": (["train"], "name a command"),
@@ -2641,21 +2674,18 @@ FACES_ERRORS = {
     "unknown size": ([*TEACHING, "latents", "--size", "XL"], "XL"),
     "existing run": ([*TEACHING, "latents", "--out", "run"], "--overwrite"),
     "teacher steps": ([*TEACHING, "latents", "--teacher-steps", "0"], "teacher_steps"),
-    "no teacher": (["distill", "--out", "untaught"], "run celeba_latent.py teacher"),
-    "no run": (["distill", "--out", "nowhere"], "run celeba_latent.py teacher"),
-    "unfinished teacher": (["distill", "--out", "unfinished"], "update 2"),
-    "a student for a teacher": (["distill", "--out", "foreign"], "teacher.pt"),
-    "damaged settings": (["distill", "--out", "no-config"], "config.json"),
-    "latents that went away": (["distill", "--out", "moved"], "nowhere"),
-    "another autoencoder": (["distill", "--out", "moved", "--latents", "other"], "another autoencoder"),
-    "existing student": (["distill", "--out", "run"], "--overwrite"),
-    "another schedule": (
-        ["distill", "--out", "run", "--resume", "--preset", "paper", "--student-steps", "2000"],
-        "sched",
-    ),
-    "endless warm-up": (["distill", "--out", "run", "--preset", "paper", "--student-steps", "9"], "warmup_self"),
-    "three values, two phases": (["distill", "--out", "run", "--lambda-self", "0", "1", "2"], "phases"),
-    "frozen first": (["distill", "--out", "run", "--preset", "paper", "--self-source", "frozen"], "first phase"),
+    "no teacher": ([*DISTILLING, "untaught"], "run celeba_latent.py teacher"),
+    "no run": ([*DISTILLING, "nowhere"], "run celeba_latent.py teacher"),
+    "unfinished teacher": ([*DISTILLING, "unfinished"], "update 2"),
+    "a student for a teacher": ([*DISTILLING, "foreign"], "teacher.pt"),
+    "damaged settings": ([*DISTILLING, "no-config"], "config.json"),
+    "latents that went away": ([*DISTILLING, "moved"], "nowhere"),
+    "another autoencoder": ([*DISTILLING, "moved", "--latents", "other"], "another autoencoder"),
+    "existing student": ([*DISTILLING, "run"], "--overwrite"),
+    "another seed": ([*DISTILLING, "run", "--resume", "--seed", "5"], "seed"),
+    "endless warm-up": ([*DISTILLING, "run", "--preset", "paper"], "warmup_self"),
+    "three values, two phases": ([*DISTILLING, "run", "--lambda-self", "0", "1", "2"], "phases"),
+    "frozen first": ([*DISTILLING, "run", "--lambda-self", "1", "--self-source", "frozen"], "first phase"),
     "sample without a run": (["sample", "--out", "nowhere"], "nowhere"),
     "sample of points": (["sample", "--out", "points.pt"], "points.pt"),
     "no steps": (["sample", "--out", "run", "--steps", "0"], "step"),
@@ -2664,8 +2694,11 @@ FACES_ERRORS = {
     "sample into nowhere": (["sample", "--out", "run", "--count", "2", "--file", "nowhere/a.png"], "nowhere"),
     "few samples": (["evaluate", "--out", "run", "--count", "100"], "1000 or more"),
     "few pictures": (["evaluate", "--out", "run", "--count", "1000"], "too few"),
-    "evaluation without a student": (["evaluate", "--out", "moved"], "student.pt"),
-    "evaluation with other latents": (["evaluate", "--out", "run", "--latents", "other"], "another autoencoder"),
+    "evaluation without a student": (["evaluate", "--out", "moved", "--count", "1000"], "student.pt"),
+    "evaluation with other latents": (
+        ["evaluate", "--out", "run", "--count", "1000", "--latents", "other"],
+        "another autoencoder",
+    ),
     "bench of an unknown size": (["bench", "--sizes", "XL"], "XL"),
     "no rounds": (["bench", "--rounds", "0"], "rounds"),
 }

@@ -226,15 +226,15 @@ def configure(argv, description=""):
     run = Run(**run)
     if run.teacher == "exact":  # an oracle has no weights to start a student from: a short regression on it has
         teacher = {"teacher_steps": 1000, **teacher}
-    teacher = TeacherSettings(**teacher)
-    return run, teacher, revise(scflow.SCHEDULES[run.preset], phase)
+    return run, TeacherSettings(**teacher), revise(scflow.SCHEDULES[run.preset], phase)
 
 
 def revise(schedule, changes):
     """A schedule with fields changed, {name: [one value, or one for each phase]}. Raises ValueError if they clash."""
     n, changes = len(schedule), dict(changes)
     if len(changes.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
-        schedule = scflow.rescale(schedule, changes.pop("steps")[0])
+        lasting = [replace(p, warmup_adv=0, warmup_self=0, warmup_bi=0) for p in schedule]  # these may change too
+        changes["steps"] = [p.steps for p in scflow.rescale(lasting, *changes["steps"])]
     for name, values in changes.items():
         require(len(values) in (1, n), f"{name} takes one value, or one for each of {n} phases, not {len(values)}")
     each = [{name: values[i % len(values)] for name, values in changes.items()} for i in range(n)]
