@@ -11,7 +11,7 @@
 The method, the networks, the training loops and the measures are those of `scflow.py`; this script adds pictures, the
 autoencoder, sizes and speed. A latents folder holds latents.npy (float16, as encoded), meta.pt (the autoencoder, the
 statistics, the sources), and thumbs.npy and textures.npy, what is compared of the originals. A run folder holds
-config.json, teacher.pt, distill.json, student.pt, log.csv, metrics.json and sheets of samples.
+config.json, teacher.pt, student.pt, log.csv, metrics.json, metrics.md and sheets of samples.
 """
 
 import hashlib
@@ -246,7 +246,8 @@ scflow.NETWORKS |= {c.__name__: c for c in (PatchPCA, TinyAutoencoder, Diffusers
 def autoencoder(name, size, channels):
     """The autoencoder that `--autoencoder` names: pca, none, the prefix of a TAESD pair, or a diffusers source."""
     closed = {"pca": (8, channels), "none": (1, 3)}
-    other = TinyAutoencoder.read if Path(f"{name}_encoder.pth").exists() else Diffusers
+    halves = (Path(f"{name}_{half}.pth").exists() for half in ("encoder", "decoder"))
+    other = TinyAutoencoder.read if any(halves) else Diffusers
     net = PatchPCA(*closed[name]) if name in closed else other(name)
     require(size % net.factor == 0, f"--size {size} must be a multiple of {net.factor} for this autoencoder")
     return net.eval().requires_grad_(False)
@@ -404,7 +405,8 @@ class Codec:
         self.net.load_state_dict(content["weights"])
         self.net.to(device).eval().requires_grad_(False)
         numbers = (content["mean"], content["std"], *content["weights"].values())
-        self.hash = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in numbers)).hexdigest()[:16]
+        parts = [repr(content["arch"]).encode(), *(part.cpu().numpy().tobytes() for part in numbers)]
+        self.hash = hashlib.sha256(b"".join(parts)).hexdigest()[:16]  # codecs with the same one decode alike
 
     @torch.no_grad()  # nothing is trained here
     def decode(self, latents, batch=128):
@@ -531,7 +533,7 @@ class Log:
         """Record a State of the teacher or the student."""
         if state.step % 10 == 1:
             now, speed = time.perf_counter(), {}
-            _, batch, flops = self.plan[np.searchsorted(np.cumsum([part[0] for part in self.plan]), state.step)]
+            _, batch, flops = self.plan[np.searchsorted(np.cumsum([part[0] for part in self.plan]), state.step - 1)]
             if self.clock:
                 images = batch * (state.step - self.clock[1]) / (now - self.clock[0])
                 speed = dict(images_per_s=round(images, 1), mfu=round(images * flops / self.rate, 4))
@@ -557,7 +559,7 @@ def draw_sheet(path, columns):
     from matplotlib.figure import Figure  # no window is opened
 
     across, down = len(columns), len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.3 * across, 0.35 + down * 1.3 * across / (1.05 * across - 0.05)), dpi=100)
+    figure = Figure(figsize=(1.3 * across, 0.35 + down * 1.3 * across / (1.05 * across - 0.05)), layout="none")
     for ax, (title, pictures) in zip(figure.subplots(1, across, squeeze=False)[0], columns.items()):
         ax.imshow(rearrange(pictures, "n c h w -> (n h) w c").numpy(), interpolation="nearest")
         ax.set_title(title, fontsize=11)
@@ -931,10 +933,7 @@ def main(argv=None):
         require(argv and argv[0] in COMMANDS, f"name a command: {', '.join(COMMANDS)} (each has --help)")
         return COMMANDS[argv[0]](argv[1:]) or 0
     except torch.cuda.OutOfMemoryError:
-        error, code = (
-            "error: out of memory: lower --batch, --teacher-batch or --student-batch, or take a smaller net",
-            2,
-        )
+        error, code = "error: out of memory: lower the batch (--batch, --teacher-batch, --student-batch) or --size", 2
     except (ValueError, FloatingPointError, OSError, zipfile.BadZipFile) as reason:
         error, code = f"error: {reason}", 2
     except (Stopped, KeyboardInterrupt):

@@ -794,7 +794,7 @@ def distill(
     resume         an earlier State's `state_dict()`.
     norms_every    every so many updates, measure the gradient norm of each weighted loss (.grad_norms).
     loss_function  `distill_losses`, or your function around it.
-    prepare        called once with each network that will run, for example nn.Module.compile.
+    prepare        called once with each network that the updates run, bar the average: nn.Module.compile, say.
     Raises ValueError for contradictory phases, and for a teacher without weights and no student.
     """
     check_schedule(schedule)
@@ -868,13 +868,13 @@ def disc_losses(disc, real, fake, phase, penalise=True, cond=None):
     losses = {"disc": discriminator_loss(*logits, phase.adversarial)}
     if phase.r1 > 0 and penalise:
         real = real.detach().requires_grad_()  # R1 is a gradient with respect to the data
-        # A compiled graph has no second derivative, and `forward` is never compiled.
-        losses["r1"] = phase.r1 * phase.r1_every * r1_penalty(disc.forward(real, cond), real)
+        eager = getattr(disc, "forward", disc)  # a compiled graph has no second derivative
+        losses["r1"] = phase.r1 * phase.r1_every * r1_penalty(eager(real, cond), real)
     return losses
 
 
 def distill_flops(net, disc, phase, step):
-    """FLOPs per row of update `step` of a phase, of which pinned rows are a part; a backward pass costs two forward."""
+    """FLOPs per row of update `step` of a phase, without R1; a backward pass costs two forward passes."""
     w, pinned, own = phase.weights(step), phase.at_one, phase.self_source == "student"
     terms = (w["consistency"] > 0) + (w["bi"] > 0)
     shared = w["adv"] > 0 and w["self"] > 0 and not own and pinned > 0
@@ -1087,13 +1087,14 @@ def picture_features(pictures):
 class PictureMeasure:
     """Fréchet distances to a reference set of pictures in two spaces fixed in advance, without a download.
 
-    "layout" is 64 principal components of the thumbnails (of the reference), "texture" as in `picture_features`.
+    "layout" is 64 principal components of (3,000 of) the reference's thumbnails, "texture" as in `picture_features`.
     """
 
     def __init__(self, thumbs, texture):
         flat = thumbs.flatten(1).float() / 255
         self.mean = flat.mean(0)
-        self.basis = torch.linalg.eigh(torch.cov(flat.T))[1][:, -64:]  # ascending: the largest are last
+        centred = flat[:3000] - self.mean  # (n,3072); the n×n Gram matrix has the same components
+        self.basis = F.normalize(centred.T @ torch.linalg.eigh(centred @ centred.T)[1][:, -64:], dim=0)  # ascending
         self.reference = self.spaces(thumbs, texture)
 
     def spaces(self, thumbs, texture):
