@@ -771,8 +771,8 @@ class Demo(Folder):
     drawings: int = option(30000, "drawings, a tenth of which is held out")
     seed: int = option(0, "seed of the networks (the drawings are always the same)")
     count: int = option(5000, "samples that are measured")
-    teacher_steps: int = option(1300, "updates of the teacher")
-    student_steps: int = option(1200, "updates of the student")
+    teacher_steps: int = option(1200, "updates of the teacher")
+    student_steps: int = option(1000, "updates of the student")
     out: str = option("runs/demo", "run folder; the latents go beside it, into OUT-latents")
 
 

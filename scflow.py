@@ -1060,8 +1060,8 @@ def frechet_distance(x, y):
 
 def neighbours(x, y, k=1, rows=500):
     """Distance (N,) from each row of x (N,d) to its k-th nearest row of y (M,d), and that row's index (N,)."""
-    values, indices = zip(*(torch.cdist(part, y).kthvalue(k, 1) for part in x.split(rows)))
-    return torch.cat(values), torch.cat(indices)
+    found = [torch.cdist(part, y).topk(k, largest=False) for part in x.split(rows)]
+    return torch.cat([f.values[:, -1] for f in found]), torch.cat([f.indices[:, -1] for f in found])
 
 
 def knn_coverage(real, fake, k=5):
