@@ -710,7 +710,7 @@ def evaluate_command(argv):
     seen = measure.spaces(*data.originals(data.train))["layout"]
     usual = scflow.neighbours(measure.reference["layout"], seen)[0].median()
     noise = torch.randn(n, *data.shape, generator=generator)
-    for who, net, counts in (("teacher", teacher, (1, 2, 4, 50)), ("student", student, (1, 2, 4, 8))):
+    for who, net, counts in (("teacher", teacher, (1, 50)), ("student", student, (1, 2, 4, 8))):
         first = generate(net, noise, 1, codec)
         for steps in counts:
             pictures = first if steps == 1 else generate(net, noise, steps, codec)
@@ -768,11 +768,11 @@ def inception_fid(pictures, data, images):
 class Demo(Folder):
     """Faces that the program draws, from pictures to a one-step generator; a CPU will do."""
 
-    drawings: int = option(30000, "drawings, a tenth of which is held out")
+    drawings: int = option(24000, "drawings, a tenth of which is held out")
     seed: int = option(0, "seed of the networks (the drawings are always the same)")
     count: int = option(5000, "samples that are measured")
-    teacher_steps: int = option(1200, "updates of the teacher")
-    student_steps: int = option(1000, "updates of the student")
+    teacher_steps: int = option(1000, "updates of the teacher")
+    student_steps: int = option(800, "updates of the student")
     out: str = option("runs/demo", "run folder; the latents go beside it, into OUT-latents")
 
 
