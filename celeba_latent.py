@@ -34,7 +34,7 @@ from tqdm import tqdm
 import scflow
 import toy_2d
 from scflow import Phase, TeacherSettings, option, require
-from toy_2d import Stopped, cli, open_folder, read_json, write_text
+from toy_2d import cli, open_folder, read_json, write_text
 
 # ═══ 1. Drawn faces ═════════════════════════════════════════════════════════════════════════
 # A world of pictures without a download: every face comes from 34 numbers, uniform in [0,1), so that no two are
@@ -176,9 +176,8 @@ class TinyAutoencoder(nn.Module):
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         down, up = [conv(3, width), TinyBlock(width)], [nn.Identity(), conv(channels, width), nn.ReLU()]
         for level in range(3):  # pools stand at the lowest resolution
-            down += [conv(width, width, stride=2, bias=False)] + [
-                TinyBlock(width, pool and level == 2) for _ in range(3)
-            ]
+            down += [conv(width, width, stride=2, bias=False)]
+            down += [TinyBlock(width, pool and level == 2) for _ in range(3)]
             up += [TinyBlock(width, pool and level == 0) for _ in range(3)]
             up += [nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
         self.encoder = nn.Sequential(*down, conv(width, channels))
@@ -225,9 +224,7 @@ class Diffusers(nn.Module):
             vae = (diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL).from_pretrained(source)
         except (OSError, RuntimeError, KeyError) as error:
             raise ValueError(f"no AutoencoderKL or AutoencoderTiny at {source}: {str(error).splitlines()[0]}") from None
-        self.vae = [
-            vae.eval().requires_grad_(False)
-        ]  # in a list: a checkpoint names the source, and holds no copy of it
+        self.vae = [vae.eval().requires_grad_(False)]  # in a list: a checkpoint names the source, and copies nothing
         self.factor = 64 // self.encode(torch.zeros(1, 3, 64, 64)).shape[-1]
 
     def encode(self, pictures):
@@ -300,8 +297,10 @@ class Pictures:
         self.path, self.zip, kinds = Path(path), None, (".jpg", ".jpeg", ".png", ".webp")
         require(path and self.path.exists(), f"no pictures at {path or 'nowhere'}: give --images a folder or a zip")
         if self.path.is_file():
-            require(zipfile.is_zipfile(path), f"{path} is neither a folder nor a zip")
-            self.zip = zipfile.ZipFile(path)
+            try:
+                self.zip = zipfile.ZipFile(path)
+            except zipfile.BadZipFile:
+                raise ValueError(f"{path} is neither a folder nor a whole zip") from None
         every = self.zip.namelist() if self.zip else [str(p.relative_to(path)) for p in self.path.rglob("*")]
         self.names = sorted(n for n in every if n.lower().endswith(kinds) and not Path(n).name.startswith("."))
         require(self.names, f"{path} holds no {', '.join(kinds)} pictures")
@@ -354,10 +353,8 @@ def write_latents(folder, net, names, read, asked):
         print(f"{net.basis.shape[1]} components of a patch keep {kept:.1%} of the variance")
     net.to(asked.device, memory_format=torch.channels_last)  # convolutions are a quarter faster so, on a CPU too
     meta["shape"] = list(net.encode(torch.zeros(1, 3, size, size, device=asked.device)).shape[1:])
-    arrays = []
-    for name, kind, n, shape in layout(meta):
-        mode = "r+" if meta["done"] else "w+"
-        arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode, kind, (n * len(names), *shape)))
+    file, mode = np.lib.format.open_memmap, "r+" if meta["done"] else "w+"
+    arrays = [file(folder / f"{k}.npy", mode, kind, (n * len(names), *row)) for k, kind, n, row in layout(meta)]
     with tqdm(total=len(names), initial=meta["done"], desc="encode", unit="picture", disable=asked.quiet) as bar:
         while meta["done"] < len(names):
             chunk, start = names[meta["done"] : meta["done"] + asked.batch], len(meta["sources"])
@@ -568,8 +565,8 @@ def draw_sheet(path, columns):
     figure.savefig(path)
 
 
-def compare(path, data, codec, nets):
-    """A sheet of held-out pictures and of samples of networks {name: (network, numbers of steps)}, all of one noise."""
+def compare(path, data, codec, **nets):
+    """A sheet of held-out pictures and of samples, network=(net, numbers of steps), all of one noise."""
     noise = torch.randn(8, *data.shape, generator=torch.Generator().manual_seed(1))
     columns = {"held out": codec.decode(data.normalised(data.held_out[:8]))}
     for name, (net, counts) in nets.items():
@@ -590,7 +587,7 @@ def teacher_command(argv):
     folder = open_folder(run.out, "faces", run.resume, run.overwrite, config | asdict(settings))
 
     def draw(state):
-        compare(folder / "teacher.png", data, codec, {"teacher": (state.ema, (1, 50))})
+        compare(folder / "teacher.png", data, codec, teacher=(state.ema, (1, 50)))
 
     log = Log(run, [], [(total, settings.teacher_batch, 3 * net.flops())], 4 * [net], draw)  # its average, two moments
     run.compiled(net)
@@ -623,17 +620,14 @@ def distill_command(argv):
     teacher, disc = run.place(scflow.load(path)), run.place(scflow.LatentDiscriminator(data.shape))
 
     def draw(state):
-        nets = {"teacher": (teacher, (1, 50)), "student": (state.ema, (1, 2, 4))}
-        compare(folder / "student.png", data, codec, nets)
+        compare(folder / "student.png", data, codec, teacher=(teacher, (1, 50)), student=(state.ema, (1, 2, 4)))
 
     costs = [(p.steps, p.batch, scflow.distill_flops(teacher, disc, p, p.steps - 1)) for p in schedule]
     log = Log(run, content["journal"]["rows"], costs, [*7 * [teacher], *3 * [disc]], draw)
     generator, batch = torch.Generator(run.device).manual_seed(run.seed + 1), data.batch(run.device)
     loop = partial(scflow.distill, teacher, disc, batch, generator, schedule, prepare=run.compiled)
-    total = sum(p.steps for p in schedule)
-    toy_2d.stage(
-        "student", run, folder, log, teacher, lambda state: loop(resume=state), total, codec=codec.content, plan=plan
-    )
+    total, kept = sum(p.steps for p in schedule), dict(codec=codec.content, plan=plan)
+    toy_2d.stage("student", run, folder, log, teacher, lambda state: loop(resume=state), total, **kept)
     print(f"{student} and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
 
@@ -698,10 +692,7 @@ def evaluate_command(argv):
     (teacher, _), (student, codec) = (load_run(folder / f"{who}.pt", asked.device) for who in ("teacher", "student"))
     data = Latents(asked.latents or read_json(folder / "config.json", "latents")["latents"])
     data.require_codec(codec, folder)
-    require(
-        len(data.held_out) >= 200,
-        f"{len(data.held_out)} held-out pictures are too few to compare with: encode 2,000 pictures",
-    )
+    require(len(data.held_out) >= 200, f"{len(data.held_out)} held-out pictures are too few: encode 2,000 pictures")
     measure = scflow.PictureMeasure(*data.originals(data.held_out))
     some = [data.train[torch.randperm(len(data.train), generator=generator)[:n]].sort().values for _ in range(5)]
     floors = [measure(*data.originals(which)) for which in some]
@@ -848,12 +839,10 @@ def bench_loop(task, dims, variant, bench):
 
     if task == "teacher":
         run.compiled(net)
-        loop = scflow.train_teacher(net, batch, generator, TeacherSettings(10**6, bench.batch, 1e-4))
-    else:
-        function = one_loss_at_a_time if naive else scflow.distill_losses
-        phase = Phase(10**6, bench.batch, 1e-4)  # all four losses
-        loop = scflow.distill(net, disc, batch, generator, (phase,), loss_function=function, prepare=run.compiled)
-    return loop
+        return scflow.train_teacher(net, batch, generator, TeacherSettings(10**6, bench.batch, 1e-4))
+    function = one_loss_at_a_time if naive else scflow.distill_losses
+    phase = Phase(10**6, bench.batch, 1e-4)  # all four losses
+    return scflow.distill(net, disc, batch, generator, (phase,), loss_function=function, prepare=run.compiled)
 
 
 def bench_case(bench, size, task, matmul):
@@ -898,11 +887,11 @@ def bench_case(bench, size, task, matmul):
 def bench_command(argv):
     """Time our updates against naive ones, in turns in one process."""
     bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
-    a = torch.randn(2**24, device=bench.device)
-    probes = [(scflow.matmul_rate(bench.device), scflow.rate(bench.device, a.clone, 8 * a.numel()))]
+    a, b = torch.randn(2, 2**24, device=bench.device)
+    probes = [(scflow.matmul_rate(bench.device), scflow.rate(bench.device, partial(a.copy_, b), 8 * a.numel()))]
     cases = [(size, task) for size in bench.sizes for task in ("teacher", "distill")]
     rows = [row for case in cases for row in bench_case(bench, *case, probes[0][0])]
-    probes.append((scflow.matmul_rate(bench.device), scflow.rate(bench.device, a.clone, 8 * a.numel())))
+    probes.append((scflow.matmul_rate(bench.device), scflow.rate(bench.device, partial(a.copy_, b), 8 * a.numel())))
     drift = max(abs(after / before - 1) for before, after in zip(*probes))
     names = "size update variant ms ratio p10 p90 share gb loss gradient start_up repaid".split()
     cells = [[f"{v:.3g}" if isinstance(v := r[k], float) else str(v or "") for k in names] for r in rows]
@@ -927,19 +916,8 @@ COMMANDS |= {"sample": sample_command, "evaluate": evaluate_command, "bench": be
 
 
 def main(argv=None):
-    """Run a command; bad input is one line on stderr and exit code 2, a stop by Ctrl-C is 130."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        require(argv and argv[0] in COMMANDS, f"name a command: {', '.join(COMMANDS)} (each has --help)")
-        return COMMANDS[argv[0]](argv[1:]) or 0
-    except torch.cuda.OutOfMemoryError:
-        error, code = "error: out of memory: lower the batch (--batch, --teacher-batch, --student-batch) or --size", 2
-    except (ValueError, FloatingPointError, OSError, zipfile.BadZipFile) as reason:
-        error, code = f"error: {reason}", 2
-    except (Stopped, KeyboardInterrupt):
-        error, code = "stopped, and saved: the same command with --resume goes on", 130
-    print(f"celeba_latent.py: {error}", file=sys.stderr)
-    return code
+    """Run a command, with the errors and exit codes of toy_2d.py."""
+    return toy_2d.main(argv, COMMANDS, None, "celeba_latent.py")
 
 
 if __name__ == "__main__":

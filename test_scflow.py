@@ -2667,7 +2667,7 @@ FACES_ERRORS = {
     "empty folder": (["encode", "--images", "empty", "--out", "new"], "empty"),
     "not a zip": (["encode", "--images", "points.pt.txt", "--out", "new"], "points.pt.txt"),
     "no zip of pictures": (["encode", "--images", "pictures/notes.txt", "--out", "new"], "neither"),
-    "damaged zip": (["encode", "--images", "damaged.zip", "--out", "new"], "central directory"),
+    "damaged zip": (["encode", "--images", "damaged.zip", "--out", "new"], "whole zip"),
     "zip without pictures": (["encode", "--images", "points.pt", "--out", "new"], "holds no"),
     "size of patches": ([*ENCODING, "--size", "36"], "multiple of 8"),
     "too many components": ([*ENCODING, "--channels", "193"], "1 to 192"),

@@ -798,14 +798,9 @@ def markdown(settings, done, rows, flags):
     floors = {m["dataset"]: [f"{1e3 * v:.2f}" for v in m["floor"].values()] for m in done if m["rows"]}
     machines = "; ".join({m["machine"]: 0 for m in done if m["rows"]})
     about = f"mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}"
-    lines = [
-        f"`{f'python toy_2d.py table {flags}'.strip()}`",
-        "",
-        f"Energy distance ×10³ by network evaluations: {about}.",
-    ]
-    lines += [
-        f"Failed: {m['dataset']}, {m['preset']}, seed {m['seed']}: {m['failure']}." for m in done if not m["rows"]
-    ]
+    lines = [f"`{f'python toy_2d.py table {flags}'.strip()}`", "", f"Energy distance ×10³ by evaluations: {about}."]
+    failed = [m for m in done if not m["rows"]]
+    lines += [f"Failed: {m['dataset']}, {m['preset']}, seed {m['seed']}: {m['failure']}." for m in failed]
     lines += ["", f"| data set (noise floor) | schedule | network | {' | '.join(map(str, counts))} |"]
     lines += ["|---" * (3 + len(counts)) + "|"]
     for (name, *rest), line in cells.items():
@@ -818,19 +813,21 @@ def markdown(settings, done, rows, flags):
 COMMANDS = {"train": train_command, "plot": plot_command, "table": table_command}
 
 
-def main(argv=None):
+def main(argv=None, commands=COMMANDS, default="train", program="toy_2d.py"):
     """Run a command; bad input is one line on stderr and exit code 2, a stop by Ctrl-C is 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else train_command
+    name, code = argv.pop(0) if argv and argv[0] in commands else default, 2
     try:
-        command(argv)
+        require(name, f"name a command: {', '.join(commands)} (each has --help)")
+        return commands[name](argv) or 0
+    except torch.cuda.OutOfMemoryError:
+        text = "error: out of memory: lower the batch (--batch, --teacher-batch, --student-batch) or --size"
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"toy_2d.py: error: {error}", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"toy_2d.py: {str(stop) or 'stopped'}", file=sys.stderr)
-        return 130
-    return 0
+        text = f"error: {error}"
+    except (Stopped, KeyboardInterrupt):
+        text, code = "stopped: the same command with --resume goes on with what was saved", 130
+    print(f"{program}: {text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
