@@ -824,8 +824,8 @@ def main(argv=None, commands=COMMANDS, default="train", program="toy_2d.py"):
         text = "error: out of memory: lower the batch (--batch, --teacher-batch, --student-batch) or --size"
     except (ValueError, FloatingPointError, OSError) as error:
         text = f"error: {error}"
-    except (Stopped, KeyboardInterrupt):
-        text, code = "stopped: the same command with --resume goes on with what was saved", 130
+    except (Stopped, KeyboardInterrupt) as stop:
+        text, code = str(stop) or "stopped: the same command with --resume goes on with what was saved", 130
     print(f"{program}: {text}", file=sys.stderr)
     return code
 
