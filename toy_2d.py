@@ -162,7 +162,7 @@ class Run:
     seed: int = option(0, "seed of the weights, the data and the evaluation noise")
     preset: str = option("two_phase", "schedule of the losses", choices=tuple(scflow.SCHEDULES))
     teacher: str = option("learned", "teacher: learned, or the closed-form velocity", choices=("learned", "exact"))
-    width: int = option(128, "hidden units of a layer of the networks")
+    width: int = option(128, "hidden units of a layer of the networks (the critic has half as many)")
     depth: int = option(3, "hidden layers of the networks")
     samples: int = option(6000, "points that are sampled and compared in the evaluation")
     nfe: str = option("1,2,4,8", "network evaluations to measure, separated by commas (the teacher also 50)")
@@ -397,8 +397,10 @@ def train(run, settings, schedule):
     torch.manual_seed(run.seed)  # initial weights
     generator, journal = torch.Generator(run.device).manual_seed(run.seed), Journal()  # everything else
     net = scflow.MLP(2, run.width, run.depth).to(run.device)
-    disc = scflow.PointDiscriminator(2, run.width, run.depth).to(run.device)
-    clock = [time.perf_counter()]
+    disc = scflow.PointDiscriminator(2, max(1, run.width // 2), run.depth).to(run.device)
+    clock, threads = [time.perf_counter()], torch.get_num_threads()
+    # A second thread saves a tenth on matrices this small, stalls where other programs run, and rounds otherwise.
+    torch.set_num_threads(1)
 
     def batch(n, generator):
         return data.sample(n, generator)[0], None
@@ -413,6 +415,7 @@ def train(run, settings, schedule):
         total = sum(p.steps for p in schedule)
         student = stage("student", run, folder, journal, net, lambda r: start(resume=r), total, teacher=kept)
         clock.append(time.perf_counter())
+        torch.set_num_threads(threads)  # distances between all pairs are worth it
         data = dataset(run.dataset)  # on the CPU
         metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
         rows = evaluate(run, data, teacher.cpu(), student.cpu())
