@@ -1586,7 +1586,10 @@ ERRORS = {
     "not a npy file": (["--dataset", "fake.npy"], "fake.npy"),
     "few points": (["--dataset", "few.npy"], "100"),
     "plot without a run": (["plot", "--out", "nowhere"], "nowhere"),
-    "table of nothing known": (["table", "--datasets", "moon"], "moon"),
+    "ablation of unknown data": (["ablate", "--datasets", "moon"], "moon"),
+    "ablation of an unknown row": (["ablate", "--rows", "main", "papers"], "papers"),
+    "ablation with a bad flag": (["ablate", "--rows", "--lamda-self 1"], "--lamda-self"),
+    "teacher of no run": (["--teacher-from", "nowhere"], "nowhere"),
 }
 
 
@@ -1789,21 +1792,107 @@ def test_the_exact_teacher_is_exact(tmp_path, monkeypatch):
     assert error < 0.1
 
 
-def test_the_table_has_a_row_for_every_network_and_reads_finished_runs_back(tmp_path, monkeypatch, capsys):
-    """Two seeds of one data set: mean ± sd, floors and command in the Markdown; a second call repeats no run."""
+def test_a_borrowed_teacher_changes_no_number(finished, tmp_path, monkeypatch, capsys):
+    """--teacher-from: the same student to the bit, the same measures; another run's teacher is refused in one line."""
     monkeypatch.chdir(tmp_path)
-    argv = ["table", "--datasets", "moons", "--seeds", "0,1", "--samples", "100", "--workers", "2"]
-    argv += ["--flags", "--teacher-steps 5 --student-steps 5"]
+    donor = finished / "runs/8gaussians"
+    stamp = (donor / "teacher.pt").stat().st_mtime_ns
+    assert toy(*SHORT, "--figures", "none", "--out", "run", "--teacher-from", donor) == 0
+    assert equal_weights("run/student.pt", donor / "student.pt") and (donor / "teacher.pt").stat().st_mtime_ns == stamp
+    rows = [json.loads((p / "metrics.json").read_text())["rows"] for p in (Path("run"), donor)]
+    assert rows[0] == rows[1]
+    assert toy(*SHORT, "--figures", "none", "--out", "other", "--teacher-from", donor, "--seed", "7") == 2
+    assert "differs in seed" in capsys.readouterr().err
+
+
+def test_an_unfinished_teacher_is_not_borrowed(finished, tmp_path, monkeypatch, capsys):
+    """A teacher that was stopped half-way: one line, and exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "runs/8gaussians", "donor")
+    content = torch.load("donor/teacher.pt", weights_only=True)
+    content["state"]["step"] -= 1
+    torch.save(content, "donor/teacher.pt")
+    assert toy(*SHORT, "--figures", "none", "--out", "run", "--teacher-from", "donor") == 2
+    assert "not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["fresh", "free"])
+def test_variants_of_self_correction_change_what_they_say_and_nothing_else(kind, monkeypatch):
+    """Fresh noise that happens to be x₁ is the paper's loss; without the stop, only the gradient differs."""
+    nets = SimpleNamespace(**{k: MLP(2, 16, 2) for k in ("teacher", "student", "target")}, disc=PointDiscriminator())
+    phase, generator = Phase(steps=9), torch.Generator()
+    x0, x1, t = torch.randn(64, 2), torch.randn(64, 2), torch.rand(64)
+    weights = phase.weights(0)
+    paper, _ = distill_losses(nets, x0, x1, t, phase, weights, generator.manual_seed(0))
+    variant = functools.partial(toy_2d.self_correction_variant, kind, nets, x0, x1, t, phase, weights)
+    losses, _ = variant(generator.manual_seed(0))
+    assert all(torch.equal(losses[k], paper[k]) for k in ("consistency", "bi", "adv"))
+    if kind == "fresh":
+        assert abs(losses["self"] - paper["self"]) > 1e-4
+        monkeypatch.setattr(scflow, "randn_like", lambda x, generator: x1)
+        losses, _ = variant(generator.manual_seed(0))
+    torch.testing.assert_close(losses["self"], paper["self"])
+    grads = [torch.autograd.grad(x["self"], list(nets.student.parameters())) for x in (losses, paper)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)) == (kind == "fresh")
+
+
+def test_path_error_is_zero_for_the_exact_map_and_not_for_the_velocity():
+    """Of v(x,t) = (x − f*(x,t))/t it is zero; the exact velocity's f is the posterior mean, some way off."""
+    mixture = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.2)
+
+    def exact(x, t, cond=None):
+        return (x - mixture.flow_map(x, t)) / t[:, None]
+
+    assert toy_2d.path_error(exact, mixture, 0) < 1e-4
+    assert 0.2 < toy_2d.path_error(mixture, mixture, 0) < 1
+
+
+def test_paired_comparison_finds_a_difference_and_only_then():
+    """Halved in all of ten pairs: 10 of 10, small p; changed up and down in turn: large p. Keys pair, not the order."""
+    a = {("moons", seed): 1.0 + 0.1 * seed for seed in range(10)}
+    b = {k: v / 2 for k, v in reversed(a.items())}
+    ratio, fell, p = toy_2d.paired(a, b).split(", ")
+    assert (ratio, fell) == ("×0.50", "10/10") and float(p) < 0.01
+    ratio, fell, p = toy_2d.paired(b, a).split(", ")
+    assert (ratio, fell) == ("×2.00", "0/10") and float(p) < 0.01
+    mixed = {k: v + (-1) ** k[1] * 0.01 * (k[1] + 1) for k, v in a.items()}
+    _, fell, p = toy_2d.paired(a, mixed).split(", ")
+    assert fell == "5/10" and float(p) > 0.5
+    assert toy_2d.paired(a, {("moons", 0): 1.0}) == ""
+
+
+@pytest.mark.parametrize("group", toy_2d.GROUPS)
+def test_rows_of_the_ablation_are_valid_and_change_one_thing(group):
+    """Every row's flags configure a run; no two are the same; each is compared with a row of its table."""
+    rows, seen = toy_2d.chosen_rows([group]), []
+    for flags, other in rows.values():
+        seen.append(toy_2d.configure(shlex.split(flags)))
+        assert other in rows or not other
+    assert all(a != b for a, b in itertools.combinations(seen, 2))
+
+
+def test_ablation_writes_every_cell_shares_teachers_and_repeats_no_run(tmp_path, monkeypatch, capsys):
+    """Two rows and one that explodes, two seeds: tables, tests, figure; a teacher a seed; again, nothing is trained."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["ablate", "--quick", "--seeds", "0,1", "--samples", "100", "--workers", "2"]
+    argv += ["--rows", "consistency", "--preset paper --lambda-self 2", "--preset paper --student-lr 1e30"]
+    argv += ["--flags", "--teacher-steps 5 --student-steps 20 --nfe 1,2"]
     assert toy(*argv) == 0
-    text, stamp = (
-        Path("results/table.md").read_text(),
-        Path("runs/table/moons-two_phase-0/student.pt").stat().st_mtime_ns,
-    )
-    assert (
-        text.count("| moons (") == 3 and "seeds 0,1" in text and text.startswith("`python toy_2d.py table --datasets")
-    )
-    assert toy(*argv) == 0 and Path("results/table.md").read_text() == text
-    assert Path("runs/table/moons-two_phase-0/student.pt").stat().st_mtime_ns == stamp
+    text, runs = Path("results/ablation.md").read_text(), sorted(Path("runs/ablate").iterdir())
+    assert text.startswith("`python toy_2d.py ablate --quick") and "seeds 0,1; 100 samples" in text
+    assert text.count("| 8gaussians (") == 3 and text.count("Failed: --preset paper --student-lr 1e30, 8gaussians") == 2
+    assert len(re.findall(r"^\| --preset paper --lambda-self 2 \| consistency \| ×", text, re.M)) == 1
+    with open("results/ablation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    students = [r for r in rows if r["row"] == "consistency"]
+    assert len(students) == 2 * 4 and len([r for r in rows if r["row"] == "teacher"]) == 2 * 3
+    mean = np.mean([1e3 * float(r["energy"]) for r in students if (r["solver"], r["nfe"]) == ("euler", "2")])
+    assert f"{mean:.2f} ±" in next(line for line in text.splitlines() if "| consistency |" in line)
+    assert Path("results/ablation.png").stat().st_size > 5000
+    assert len(runs) == 6 and len({(r / "teacher.pt").read_bytes() for r in runs}) == 2
+    before = {p: p.stat().st_mtime_ns for r in runs for p in r.glob("student.pt")}
+    assert toy(*argv) == 0 and Path("results/ablation.md").read_text() == text
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 # ═══ celeba_latent.py: pictures and autoencoders ════════════════════════════════════════════
@@ -2784,8 +2873,12 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="0"):
             toy(*argv)
         return
-    if argv[:1] == ["table"]:
-        argv += ["--samples", "100", "--flags", "--teacher-steps 2 --student-steps 2"]
+    if argv[:1] == ["ablate"]:  # all of its rows are valid; two of them are run
+        settings = toy_2d.Ablate(**toy_2d.cli(argv[1:], "", toy_2d.Ablate)[0])
+        for flags, _ in toy_2d.chosen_rows(settings.rows).values():
+            toy_2d.configure(shlex.split(f"{flags} {settings.flags}"))
+        argv += ["--samples", "100", "--flags", "--teacher-steps 2 --student-steps 4", "--seeds", "0,1"]
+        argv += ["--datasets", "moons", "--rows", *list(toy_2d.chosen_rows(settings.rows))[:2]]
     elif argv[:1] != ["plot"]:
         argv += SHORT
     assert toy(*argv) == 0

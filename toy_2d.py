@@ -4,7 +4,7 @@
     python toy_2d.py --dataset checkerboard --seed 3
     python toy_2d.py --preset paper --lambda-self 2    the paper's joint losses, one weight changed
     python toy_2d.py plot --out runs/8gaussians --figures all --gif
-    python toy_2d.py table --seeds 0,1,2,3,4           every data set and seed, side by side
+    python toy_2d.py ablate --quick                    what each loss repairs, rows side by side in processes
 
 A run folder holds config.json, teacher.pt, student.pt, metrics.json, log.csv and figures.
 """
@@ -16,7 +16,9 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -162,6 +164,12 @@ class Run:
     seed: int = option(0, "seed of the weights, the data and the evaluation noise")
     preset: str = option("two_phase", "schedule of the losses", choices=tuple(scflow.SCHEDULES))
     teacher: str = option("learned", "teacher: learned, or the closed-form velocity", choices=("learned", "exact"))
+    teacher_from: str = option("", "run folder whose teacher is taken instead of training the same one again")
+    self_correction: str = option(
+        "paper",
+        "x̂_t from x̂₀'s own noise; from fresh noise; or with a gradient into x̂₀",
+        choices=("paper", "fresh", "free"),
+    )
     width: int = option(128, "hidden units of a layer of the networks (the critic has half as many)")
     depth: int = option(3, "hidden layers of the networks")
     samples: int = option(6000, "points that are sampled and compared in the evaluation")
@@ -193,7 +201,7 @@ def check_device(name):
 
 
 # What does not change the numbers may differ between a run and its resumption.
-COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every")
+COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every", "teacher_from")
 
 
 def cli(argv, description, *settings):
@@ -360,7 +368,7 @@ def stage(name, run, folder, journal, net, start, total, **extra):
     `start(resume)` makes the training loop; `extra` goes into the checkpoint.
     """
     path = folder / f"{name}.pt"
-    content = read_run(path, name) if run.resume and path.exists() else None
+    content = read_run(path, name) if path.exists() else None  # of a run that is resumed, or borrowed
     if content:
         require(content["arch"] == net.arch, f"{path} holds a network of another architecture: {content['arch']}")
         net = scflow.load(path, device=run.device)
@@ -389,11 +397,14 @@ def train(run, settings, schedule):
     data = data.to(run.device) if mixture else data  # a mixture draws where its means are
     config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
     config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC}
+    known = finished_teacher(Path(run.teacher_from), config) if run.teacher_from else []
     folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
     if run.resume and (folder / "metrics.json").exists():
         return folder, read_json(folder / "metrics.json", "rows", "floor", "seconds")
     if not run.quiet:
         print(f"writing to {folder}")
+    if run.teacher_from and not (folder / "teacher.pt").exists():
+        shutil.copy(Path(run.teacher_from, "teacher.pt"), folder / "teacher.pt")
     torch.manual_seed(run.seed)  # initial weights
     generator, journal = torch.Generator(run.device).manual_seed(run.seed), Journal()  # everything else
     net = scflow.MLP(2, run.width, run.depth).to(run.device)
@@ -412,14 +423,17 @@ def train(run, settings, schedule):
         teacher = data if exact else net
         kept = {"arch": teacher.arch, "weights": teacher.state_dict()}
         start = partial(scflow.distill, teacher, disc, batch, generator, schedule, net, norms_every=50)
+        if run.self_correction != "paper":
+            start.keywords["loss_function"] = partial(self_correction_variant, run.self_correction)
         total = sum(p.steps for p in schedule)
         student = stage("student", run, folder, journal, net, lambda r: start(resume=r), total, teacher=kept)
         clock.append(time.perf_counter())
         torch.set_num_threads(threads)  # distances between all pairs are worth it
         data = dataset(run.dataset)  # on the CPU
         metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
-        rows = evaluate(run, data, teacher.cpu(), student.cpu())
+        rows = known + evaluate(run, data, None if known else teacher.cpu(), student.cpu())
         metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
+        metrics |= {"path_error": path_error(student, data, run.seed)} if mixture else {}
         clock.append(time.perf_counter())
     except (Stopped, KeyboardInterrupt):
         again = "" if run.out else f" --out {folder}"
@@ -432,26 +446,57 @@ def train(run, settings, schedule):
     return folder, metrics
 
 
+def finished_teacher(folder, config):
+    """Check that a run folder holds the teacher of such a run; returns its rows of metrics if they are the same.
+
+    The numbers are those of training it again: its checkpoint holds the state of the random generator too.
+    """
+    theirs, done = read_json(folder / "config.json", *config), read_run(folder / "teacher.pt", "teacher")
+    alike = ("dataset", "seed", "teacher", "teacher_settings", "width", "depth", "device")
+    changed = [k for k in alike if theirs[k] != config[k]]
+    require(not changed, f"the teacher in {folder} is of another run: it differs in {', '.join(changed)}")
+    steps = done["state"]["step"], config["teacher_settings"]["teacher_steps"]
+    require(steps[0] == steps[1], f"the teacher in {folder} is not finished: it had {steps[0]} of {steps[1]} updates")
+    same = (folder / "metrics.json").exists() and all(theirs[k] == config[k] for k in ("samples", "nfe"))
+    return [r for r in read_json(folder / "metrics.json", "rows")["rows"] if r["who"] == "teacher"] if same else []
+
+
+def self_correction_variant(kind, nets, x0, x1, t, phase, weights, generator=None, cond=None):
+    """`distill_losses` with another self-correction: "fresh" noise in x̂_t, or "free" of the stop-gradient."""
+    losses, fake = scflow.distill_losses(nets, x0, x1, t, phase, weights | {"self": 0}, generator, cond)
+    if weights["self"] > 0:
+        with torch.set_grad_enabled(kind == "free"):  # the paper's x̂₀ is a constant
+            x0_hat = scflow.predict_x0(nets.student, x1, torch.ones_like(t), cond)
+        noise = scflow.randn_like(x1, generator) if kind == "fresh" else x1
+        prediction = scflow.predict_x0(nets.student, scflow.interpolate(x0_hat, noise, t), t, cond)
+        losses["self"] = scflow.squared(prediction, x0_hat)
+    return losses, fake
+
+
 LABELS = {("teacher", "euler"): "teacher, Euler", ("student", "euler"): "student, Euler"}
 LABELS["student", "renoise"] = "student, re-noising (β = 1)"
 
 
-def reference_of(data, n):
+@lru_cache
+def reference(name, n):
     """The fixed, stratified reference sample of a data set, as a measure of energy distance."""
-    return scflow.EnergyDistance(*data.sample(n, torch.Generator().manual_seed(10**6), stratified=True))
+    return scflow.EnergyDistance(*dataset(name).sample(n, torch.Generator().manual_seed(10**6), stratified=True))
 
 
 @lru_cache
 def noise_floor(name, n):
     """Mean and sd of the energy distance of 20 true samples of n points to the reference."""
     data, generator = dataset(name), torch.Generator().manual_seed(10**6 + 1)
-    floor = scflow.noise_floor(reference_of(data, n), lambda: data.sample(n, generator)[0])
+    floor = scflow.noise_floor(reference(name, n), lambda: data.sample(n, generator)[0])
     return dict(zip(("mean", "sd"), floor))
 
 
 def evaluate(run, data, teacher, student):
-    """The rows of metrics.json: each network and solver at each number of steps, from the same noise."""
-    energy, generator = reference_of(data, run.samples), torch.Generator().manual_seed(2 * 10**6 + run.seed)
+    """The rows of metrics.json: each network and solver at each number of steps, from the same noise.
+
+    A teacher of None is left out.
+    """
+    energy, generator = reference(run.dataset, run.samples), torch.Generator().manual_seed(2 * 10**6 + run.seed)
     noise = torch.randn(run.samples, 2, generator=generator)
     fresh, _ = data.sample(run.samples, generator)
     mixture, few = isinstance(data, GaussianMixture), min(run.samples, 2000)  # the exact map costs 400 evaluations
@@ -459,6 +504,8 @@ def evaluate(run, data, teacher, student):
     counts, rows = sorted({int(n) for n in run.nfe.split(",")}), []
     for who, solver in LABELS:
         net = teacher if who == "teacher" else student
+        if net is None:
+            continue
         one_step = scflow.sample(net, noise)
         for steps in counts if who == "student" else sorted({*counts, 50}):
             x = scflow.sample(net, noise, steps, solver, generator=generator)
@@ -471,6 +518,15 @@ def evaluate(run, data, teacher, student):
                 row["coverage"], row["precision"] = scflow.coverage_and_precision(x, data)
             rows.append(row)
     return rows
+
+
+@torch.no_grad()  # a measurement
+def path_error(net, mixture, seed, n=2000):
+    """RMS of f(x_t,t) − f*(x_t,t) over t ~ U(0,1): what is left of the teacher's map where re-noising needs it."""
+    generator = torch.Generator().manual_seed(3 * 10**6 + seed)
+    x0, t = mixture.sample(n, generator)[0], torch.rand(n, generator=generator)
+    xt = scflow.interpolate(x0, torch.randn(n, 2, generator=generator), t)
+    return scflow.rms_distance(scflow.predict_x0(net, xt, t), mixture.flow_map(xt, t))
 
 
 def plural(n, word):
@@ -508,6 +564,17 @@ WHEEL = ("#0072B2", "#56B4E9", "#009E73", "#A6B400", "#E69F00", "#D55E00", "#CC7
 LOSS_COLOURS = dict(flow=TEACHER, consistency=STUDENT, bi="#56B4E9", self=RENOISE, adv="#CC79A7", disc="#E69F00")
 STYLE = {"font.size": 11, "axes.titlesize": 12, "legend.frameon": False, "figure.constrained_layout.use": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+
+
+def drawing():
+    """matplotlib.pyplot, to files only and in this program's style."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    return plt
 
 
 def by_angle(noise):
@@ -700,13 +767,9 @@ class Pictures:
 
     def draw(self, which, gif=False):
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
-        import matplotlib
         from PIL import Image
 
-        matplotlib.use("Agg")  # draws to files only
-        import matplotlib.pyplot as plt
-
-        plt.rcParams.update(STYLE)
+        plt = drawing()
         paths, basic, more = [], [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
         for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
             paths.append(self.folder / f"{number}_{picture.__name__}.png")
@@ -717,11 +780,251 @@ class Pictures:
         return paths
 
 
-# ═══ 6. Commands ════════════════════════════════════════════════════════════════════════════
+# ═══ 6. Ablation ════════════════════════════════════════════════════════════════════════════
+# A row is a name, its flags, and the row it is compared with. All rows of "main" take about the same time.
+
+MAIN = {
+    "consistency": ("--preset consistency", ""),
+    "+ truncation": ("--preset consistency --tau 0.4", "consistency"),
+    "+ adversarial": ("--preset paper --lambda-self 0 --lambda-bi 0 --student-steps 1450", "+ truncation"),
+    "+ self-correction": ("--preset paper --lambda-bi 0 --student-steps 1200", "+ adversarial"),
+    "paper": ("--preset paper", "+ self-correction"),  # + bidirectional
+    "paper − truncation": ("--preset paper --tau 0", "paper"),
+    "paper − adversarial": ("--preset paper --lambda-adv 0 --student-steps 1600", "paper"),
+    "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
+    "two_phase": ("--preset two_phase", "paper"),
+}
+SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at a time, as many updates
+    f"{name} {value}": (f"--preset paper {flags.format(value)}", "paper")
+    for name, flags, values in (
+        ("λ_self", "--lambda-self {}", "0 0.03 0.3 1 3 10"),
+        ("τ", "--tau {}", "0 0.1 0.2 0.6"),
+        ("δ", "--delta {}", "0.02 0.05 0.2 0.5"),
+        ("target EMA", "--target-ema {}", "0 0.99"),
+        ("distance", "--distance {}", "squared"),
+        ("softplus, R1", "--adversarial softplus --r1 {}", "0.1 1"),
+        ("half-time start of", "--warmup-{} 550", "adv self bi"),
+        ("self-correction,", "--self-correction {}", "fresh free"),
+        ("teacher", "--teacher {}", "exact"),
+    )
+    for value in values.split()
+}
+RECIPE = {  # one setting of this project's schedule at a time
+    "two_phase": ("--preset two_phase", ""),
+    "phase 1 alone, as long": ("--preset consistency --lambda-adv 0.1 --student-steps 1450", "two_phase"),
+} | {
+    name: (f"--preset two_phase {flags}", "two_phase")
+    for name, flags in {
+        "phase 1 of 300": "--student-steps 300 350",
+        "phase 1 of 600": "--student-steps 600 350",
+        "phase 1 of 2500": "--student-steps 2500 350",
+        "phase 2 of 90": "--student-steps 1250 90",
+        "phase 2 of 180": "--student-steps 1250 180",
+        "phase 2 of 700": "--student-steps 1250 700",
+        "phase 1, τ 0.4": "--tau 0.4 0",
+        "phase 1, λ_bi 0.1": "--lambda-bi 0.1 0",
+        "phase 1, λ_self 0.1": "--lambda-self 0.1 1 --self-source student frozen",
+        "phase 2, λ_adv 0": "--lambda-adv 0.1 0",
+        "phase 2, λ_adv 0.1": "--lambda-adv 0.1",
+        "phase 2, landing points": "--self-form x0",
+        "phase 2, none at t = 1": "--at-one 0",
+        "phase 2, x̂₀ of the student": "--self-source student",
+        "phase 2, x̂₀ of its average": "--self-source ema",
+        "phase 2, consistency kept": "--lambda-consistency 1",
+        "teacher exact": "--teacher exact",
+    }.items()
+}
+GROUPS = {"main": MAIN, "sweeps": SWEEPS, "recipe": RECIPE}
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Which runs are compared; lists are separated by commas, rows by spaces."""
+
+    rows: tuple = option(("main",), f"groups ({', '.join(GROUPS)}), rows by name, or your own: flags in quotes")
+    datasets: str = option("8gaussians,25gaussians,checkerboard,spirals", "data sets, or all")
+    seeds: str = option("0,1,2,3,4", "seeds")
+    flags: str = option("", "further flags of every run, in quotes")
+    samples: int = option(20000, "points in the evaluation")
+    quick: bool = option(False, "one data set and seed, 6000 samples, where nothing else is asked for")
+    workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
+    runs: str = option("runs/ablate", "folder of the runs, one for each set of flags; finished runs are read back")
+    out: str = option("results/ablation", "path of the results, without .csv, .md and .png")
+
+
+def chosen_rows(names):
+    """{row: (flags, the row it is compared with)} of the names of groups or rows, or lines of flags."""
+    every, rows = {name: row for group in GROUPS.values() for name, row in group.items()}, {}
+    for name in names:
+        require(name in GROUPS or name in every or name.startswith("-"), f"no row {name!r}: see toy_2d.py, section 6")
+        own = {name: every.get(name, (name, next(iter(rows), "")))}
+        rows |= GROUPS.get(name, own)
+    return rows
+
+
+def ablate_cell(argv):
+    """One run of the ablation, in a process of its own; one that diverges is reported, not hidden."""
+    torch.set_num_threads(1)
+    run, settings, schedule = configure(argv)
+    try:
+        return train(replace(run, resume=Path(run.out, "config.json").exists()), settings, schedule)[1]
+    except FloatingPointError as error:
+        return dict(dataset=run.dataset, seed=run.seed, teacher=run.teacher, rows=[], failure=str(error))
+
+
+def ablate_command(argv):
+    """Run rows of settings × data sets × seeds side by side; write every measure, tables, tests and figures."""
+    given = cli(argv, ablate_command.__doc__, Ablate)[0]
+    quick = dict(datasets="8gaussians", seeds="0", samples=6000) if given.get("quick") else {}
+    settings = Ablate(**quick | given)
+    rows, donors, waves = chosen_rows(settings.rows), {}, ([], [])
+    names = list(DATASETS) if settings.datasets == "all" else settings.datasets.split(",")
+    for name, seed, (label, (flags, _)) in itertools.product(names, settings.seeds.split(","), rows.items()):
+        dataset(name)
+        flags = f"{flags} {settings.flags}"
+        out = Path(settings.runs, "-".join([*re.findall(r"[\w.]+", flags), Path(name).stem, seed]))
+        cell = ["--dataset", name, "--seed", seed, "--samples", str(settings.samples), "--out", str(out), "--quiet"]
+        cell += shlex.split(flags)
+        run, teacher, _ = configure(cell)  # this and `dataset` complain before the first run starts
+        key = (name, seed, run.teacher, teacher, run.width, run.depth)
+        first = donors.setdefault(key, out) == out  # a teacher is trained once, and serves the runs of the second wave
+        waves[not first].append((label, cell if first else [*cell, "--teacher-from", str(donors[key])]))
+    with (
+        ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool,
+        tqdm(total=sum(map(len, waves)), desc="runs") as bar,
+    ):
+        done = []
+        for wave in waves:
+            for (label, _), metrics in zip(wave, pool.map(ablate_cell, [cell for _, cell in wave])):
+                done.append((label, metrics))
+                bar.update()
+    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+    results = Ablation(rows, done)
+    write_csv(f"{settings.out}.csv", results.records)
+    command = f"`{shlex.join(['python', 'toy_2d.py', 'ablate', *argv])}`"
+    lines = [command, "", *results.table(settings), "", *results.tests(), ""]
+    write_text(f"{settings.out}.md", text := "\n".join(lines))
+    print(text, *results.draw(settings.out), sep="\n")
+
+
+def paired(a, b):
+    """How b compares with a, both {(data set, seed): value}: the ratio of the means, how many pairs fall, and p.
+
+    p is that of Wilcoxon's signed-rank statistic among 20,000 random choices of the signs, two-sided.
+    """
+    pairs = sorted(a.keys() & b.keys())
+    if len(pairs) < 2:
+        return ""
+    x, y = (np.array([v[k] for k in pairs]) for v in (a, b))
+    ranks = np.sign(y - x) * (1 + np.abs(y - x).argsort().argsort())
+    chance = np.random.default_rng(0).choice([-1, 1], (20000, len(pairs))) @ ranks
+    p = (1 + (np.abs(chance) >= abs(ranks.sum())).sum()) / 20001
+    return f"×{y.mean() / x.mean():.2f}, {(y < x).sum()}/{len(pairs)}, {p:.2g}"
+
+
+class Ablation:
+    """The results of an ablation: one record per row, data set, seed, solver and count; tables and figures of them."""
+
+    def __init__(self, rows, done):
+        self.rows = {"teacher": "", "teacher, exact": ""} | {row: other for row, (_, other) in rows.items()}
+        self.done = [m for _, m in done if m["rows"]]
+        self.failed = [f"Failed: {row}, {m['dataset']}, {m['failure']}." for row, m in done if not m["rows"]]
+        self.cells = {}  # (row, data set, solver, NFE): {seed: record}; teachers are shared, and stand once
+        for row, m in done:
+            for r in m["rows"]:
+                who = row if r["who"] == "student" else "teacher, exact" if m["teacher"] == "exact" else "teacher"
+                more = dict(seconds=m["seconds"][r["who"]], path_error=m.get("path_error") if who == row else None)
+                seeds = self.cells.setdefault((who, m["dataset"], r["solver"], r["nfe"]), {})
+                seeds.setdefault(m["seed"], {"row": who, "dataset": m["dataset"], "seed": m["seed"], **r, **more})
+        self.records = [record for seeds in self.cells.values() for record in seeds.values()]
+        self.floors = {m["dataset"]: {k: 1e3 * v for k, v in m["floor"].items()} for m in self.done}
+        self.counts = sorted({r["nfe"] for r in self.records if r["who"] == "student"})
+        few, many = self.counts[0], self.counts[-1]
+        self.columns = {str(n): ("euler", n, "energy", 1e3) for n in sorted({r["nfe"] for r in self.records})}
+        self.columns |= {f"re-noising {n}": ("renoise", n, "energy", 1e3) for n in self.counts[1:]}
+        self.columns |= {f"gap at {many}": ("euler", many, "gap", 1)}
+        self.columns |= {k.replace("_", " "): ("euler", few, k, 1) for k in ("map_error", "path_error", "coverage")}
+        self.columns |= {"seconds": ("euler", few, "seconds", 1)}
+
+    def values(self, row, name, column):
+        """{(data set, seed): value} of a row in a column of the table; `name` is a data set, or None for all."""
+        solver, nfe, key, scale = self.columns[column]
+        cells = {n: self.cells.get((row, n, solver, nfe), {}) for n in self.floors if name in (None, n)}
+        found = {(n, seed): r.get(key) for n, seeds in cells.items() for seed, r in seeds.items()}
+        return {k: scale * v for k, v in found.items() if v is not None}
+
+    def table(self, settings):
+        """Lines of Markdown: every row on every data set, mean ± sd over seeds."""
+        machines = "; ".join({m["machine"]: 0 for m in self.done})
+        yield "Energy distance ×10³ by Euler evaluations, then by re-noising. Gap: RMS from one-step to last sample."
+        yield "On mixtures, map error: RMS from one-step to exact sample; path error: RMS from f(x_t,t) to f*(x_t,t)."
+        yield f"Mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}."
+        yield from ["", *self.failed, ""]
+        yield f"| data set (noise floor) | row | {' | '.join(self.columns)} |"
+        yield "|---" * (2 + len(self.columns)) + "|"
+        for (name, floor), row in itertools.product(self.floors.items(), self.rows):
+            cells = []
+            for column, (*_, scale) in self.columns.items():
+                v = [*self.values(row, name, column).values()]
+                digits = 2 if scale > 1 else 1 if column == "seconds" else 3
+                cells.append(f"{np.mean(v):.{digits}f}" if v else "")
+                cells[-1] += f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else ""
+            if any(cells):
+                yield f"| {name} ({floor['mean']:.2f} ± {floor['sd']:.2f}) | {row} | {' | '.join(cells)} |"
+
+    def tests(self):
+        """Lines of Markdown: each row against another, paired by data set and seed."""
+        yield "Each row against another, in pairs of the same data set and seed: ratio of the means; in how many pairs"
+        yield from ["it is lower; two-sided p of the signed ranks.", ""]
+        yield from [f"| row | against | {' | '.join(self.columns)} |", "|---" * (2 + len(self.columns)) + "|"]
+        for row, other in self.rows.items():
+            cells = [paired(self.values(other, None, c), self.values(row, None, c)) for c in self.columns]
+            if any(cells):
+                yield f"| {row} | {other} | {' | '.join(cells)} |"
+
+    def draw(self, out):
+        """OUT.png: every row at every number of steps; and OUT-frontier.png, what λ_self trades, if it was swept."""
+        plt = drawing()
+        rows = [r for r in self.rows if any(self.values(r, None, str(n)) for n in self.counts)]
+        size = (2.8 + 2.4 * len(self.floors), 1.5 + 0.32 * len(rows))
+        figure, axes = plt.subplots(1, len(self.floors), figsize=size, sharey=True, squeeze=False)
+        for ax, (name, floor) in zip(axes[0], self.floors.items()):
+            ax.axvspan(floor["mean"] - 2 * floor["sd"], floor["mean"] + 2 * floor["sd"], color="#dddddd", lw=0)
+            for n, colour, marker in zip(self.counts, (GREY, "#E69F00", RENOISE, STUDENT), "os^D"):
+                values = [[*self.values(row, name, str(n)).values()] or [math.nan] for row in rows]
+                mean, sd = [np.mean(v) for v in values], [np.std(v) for v in values]
+                ax.errorbar(mean, range(len(rows)), xerr=sd, fmt=marker, color=colour, label=plural(n, "evaluation"))
+            ax.set_xscale("symlog", linthresh=1)
+            ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+            ax.set(title=name, xlabel="energy distance × 10³", ylim=(len(rows) - 0.5, -0.5))
+            ax.set_yticks(range(len(rows)), rows)
+            ax.grid(axis="y", color="#eeeeee")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(self.counts))
+        figure.savefig(f"{out}.png", dpi=100)
+        swept = {"paper": scflow.SCHEDULES["paper"][0].lambda_self}
+        swept |= {row: float(row.split()[1]) for row in rows if row.startswith("λ_self")}
+        names = [n for n in self.floors if self.values(rows[-1], n, "path error")]
+        if len(swept) == 1 or not names:
+            return [f"{out}.png"]
+        figure, axes = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 4), squeeze=False)
+        gap, line = f"gap at {self.counts[-1]}", sorted(swept, key=swept.get)
+        for ax, name in zip(axes[0], names):
+            for error, colour, marker in (("map error", TEACHER, "o"), ("path error", STUDENT, "s")):
+                x, y = ([np.mean([*self.values(row, name, c).values()]) for row in line] for c in (gap, error))
+                ax.plot(x, y, color=colour, marker=marker, label=error)
+                for row, *place in zip(line, x, y):
+                    ax.annotate(f"{swept[row]:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=9)
+            ax.set(title=name, xlabel=gap, ylabel="distance to the exact map", ylim=(0, None))
+        axes[0, 0].legend()
+        figure.savefig(f"{out}-frontier.png", dpi=100)
+        return [f"{out}.png", f"{out}-frontier.png"]
+
+
+# ═══ 7. Commands ════════════════════════════════════════════════════════════════════════════
 
 
 def train_command(argv):
-    """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, table)."""
+    """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, ablate)."""
     run, settings, schedule = configure(argv, train_command.__doc__)
     folder, metrics = train(run, settings, schedule)
     if not run.quiet:
@@ -748,72 +1051,7 @@ def plot_command(argv):
         print(path)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Which runs are tabulated; lists are separated by commas."""
-
-    datasets: str = option(",".join(DATASETS), "data sets")
-    presets: str = option("two_phase", "schedules")
-    seeds: str = option("0,1,2,3,4", "seeds")
-    flags: str = option("", "further flags of every run, in quotes")
-    samples: int = option(20000, "points in the evaluation")
-    workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
-    runs: str = option("runs/table", "folder of the runs, one for each set of flags; finished runs are read back")
-    out: str = option("results/table", "path of the tables, without .csv and .md")
-
-
-def table_cell(argv):
-    """One run of the table, in a process of its own; one that diverges is reported, not hidden."""
-    torch.set_num_threads(1)
-    run, settings, schedule = configure(argv)
-    try:
-        return train(replace(run, resume=Path(run.out, "config.json").exists()), settings, schedule)[1]
-    except FloatingPointError as error:
-        return dict(dataset=run.dataset, preset=run.preset, seed=run.seed, rows=[], failure=str(error))
-
-
-def table_command(argv):
-    """Run data sets × schedules × seeds side by side; write every cell as CSV and mean ± sd as Markdown."""
-    settings = Table(**cli(argv, table_command.__doc__, Table)[0])
-    choices = itertools.product(*(v.split(",") for v in (settings.datasets, settings.presets, settings.seeds)))
-    cells = []
-    for name, preset, seed in choices:
-        dataset(name)
-        out = str(Path(settings.runs, f"{Path(name).stem}-{preset}-{seed}"))
-        cells.append(["--dataset", name, "--preset", preset, "--seed", seed, "--samples", str(settings.samples)])
-        cells[-1] += ["--out", out, "--quiet", *shlex.split(settings.flags)]
-        configure(cells[-1])  # this and the line above complain before the first run starts
-    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-        done = list(tqdm(pool.map(table_cell, cells), total=len(cells), desc="runs"))
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"dataset": m["dataset"], "preset": m["preset"], "seed": m["seed"], **r} for m in done for r in m["rows"]]
-    write_csv(f"{settings.out}.csv", rows)
-    write_text(f"{settings.out}.md", text := markdown(settings, done, rows, shlex.join(argv)))
-    print(text)
-
-
-def markdown(settings, done, rows, flags):
-    """Energy distance ×10³ of the table's runs, mean ± sd over seeds, with its command, machine and noise floors."""
-    counts, cells = sorted({r["nfe"] for r in rows}), {}
-    for r in rows:
-        line = cells.setdefault((r["dataset"], r["preset"], LABELS[r["who"], r["solver"]]), {n: [] for n in counts})
-        line[r["nfe"]].append(1e3 * r["energy"])
-    floors = {m["dataset"]: [f"{1e3 * v:.2f}" for v in m["floor"].values()] for m in done if m["rows"]}
-    machines = "; ".join({m["machine"]: 0 for m in done if m["rows"]})
-    about = f"mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}"
-    lines = [f"`{f'python toy_2d.py table {flags}'.strip()}`", "", f"Energy distance ×10³ by evaluations: {about}."]
-    failed = [m for m in done if not m["rows"]]
-    lines += [f"Failed: {m['dataset']}, {m['preset']}, seed {m['seed']}: {m['failure']}." for m in failed]
-    lines += ["", f"| data set (noise floor) | schedule | network | {' | '.join(map(str, counts))} |"]
-    lines += ["|---" * (3 + len(counts)) + "|"]
-    for (name, *rest), line in cells.items():
-        shown = [f"{np.mean(v):.2f}" if v else "" for v in line.values()]
-        shown = [s + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "") for s, v in zip(shown, line.values())]
-        lines.append("| " + " | ".join([f"{name} ({' ± '.join(floors[name])})", *rest, *shown]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-COMMANDS = {"train": train_command, "plot": plot_command, "table": table_command}
+COMMANDS = {"train": train_command, "plot": plot_command, "ablate": ablate_command}
 
 
 def main(argv=None, commands=COMMANDS, default="train", program="toy_2d.py"):
