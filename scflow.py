@@ -960,17 +960,22 @@ def load(path, net=None, device="cpu"):
 # ═══ 10. Measures ═══════════════════════════════════════════════════════════════════════════
 
 
-def mean_distance(x, y, same=False, rows=100):
-    """Mean ‖x−y‖ over all pairs of rows (N,d) and (M,d), in blocks that stay in the cache.
+def total_distance(x, rows=100):
+    """Σ ‖x_i − x_j‖ over the pairs i < j of points (N,d).
 
-    `same` says that x is y, and leaves the N zeros of the diagonal out.
+    In 2-D a length is π/2 times the mean length of its projections, and of numbers in order the sum over pairs is
+    Σ (2k−N+1)·x_k: a sort instead of N² distances. 64 directions make a norm within 2·10⁻⁴ of the Euclidean one.
     """
+    if x.shape[1] == 2:
+        angles = math.pi / 64 * torch.arange(64, device=x.device)
+        projections = torch.stack([angles.cos(), angles.sin()], 1).to(x) @ x.T  # (64,N)
+        ordered = np.sort(projections.cpu().numpy()).astype(np.float64)  # torch sorts far slower
+        return math.pi / 2 * (ordered @ (2.0 * np.arange(len(x)) - len(x) + 1)).mean().item()
     total = 0.0
-    for i, part in enumerate(x.split(rows)):
-        if same:  # half of the pairs: those with the rows of earlier blocks have been counted, and count twice
-            total -= torch.cdist(part, part).sum(1).cpu().double().sum().item() / 2
-        total += torch.cdist(part, y[i * rows :] if same else y).sum(1).cpu().double().sum().item()
-    return (1 + same) * total / (len(x) * (len(y) - same))
+    for i, part in enumerate(x.split(rows)):  # blocks that stay in the cache
+        total += torch.cdist(part, x[i * rows :]).sum(1).double().sum().item()
+        total -= torch.cdist(part, part).sum(1).double().sum().item() / 2  # its pairs were counted twice
+    return total
 
 
 class EnergyDistance:
@@ -985,15 +990,15 @@ class EnergyDistance:
         strata = torch.zeros(len(reference), dtype=torch.int64) if strata is None else strata.cpu()
         parts = [reference[strata == k] for k in strata.unique()]
         require(all(len(p) > 1 for p in parts), "every stratum of the reference needs at least two rows")
-        self.self_term = sum(
-            (len(a) / len(reference)) * (len(b) / len(reference)) * mean_distance(a, b, same=a is b)
-            for a in parts
-            for b in parts
-        )
+        self.total, m = total_distance(reference), len(reference)
+        # Of two strata all pairs count; within one, a row is no neighbour of itself.
+        self.self_term = 2 / m**2 * (self.total + sum(total_distance(p) / (len(p) - 1) for p in parts))
 
     def __call__(self, x):
         """The distance of iid samples (N,d)."""
-        return 2 * mean_distance(x, self.reference) - mean_distance(x, x, same=True) - self.self_term
+        n, m, within = len(x), len(self.reference), total_distance(x)
+        between = total_distance(torch.cat([x, self.reference])) - within - self.total
+        return 2 * between / (n * m) - 2 * within / (n * (n - 1)) - self.self_term
 
 
 def noise_floor(measure, draw, repeats=20):

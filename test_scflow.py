@@ -1345,23 +1345,34 @@ def test_another_architecture_is_refused(tmp_path):
 # ═══ 10. Measures ═══════════════════════════════════════════════════════════════════════════
 
 
-def test_energy_distance_by_brute_force():
-    """Pairs counted one by one, with and without strata and for chunks of every size, to 1e-5 (float32)."""
-    x, y, k = torch.randn(5, 2), torch.randn(6, 2) + 1, torch.tensor([0, 1, 0, 1, 1, 0])
+@pytest.mark.parametrize("d, error", [(2, 3e-4), (3, 1e-5)])
+def test_energy_distance_by_brute_force(d, error):
+    """Pairs counted one by one, with and without strata; to float32, and in 2-D to the error of 64 projections."""
+    x, y, k = torch.randn(5, d), torch.randn(6, d) + 1, torch.tensor([0, 1, 0, 1, 1, 0])
 
     def mean(pairs):
         values = [(a - b).norm().item() for a, b in pairs]
         return sum(values) / len(values)
 
     cross, own = mean(itertools.product(x, y)), mean(itertools.permutations(x, 2))
-    assert abs(EnergyDistance(y)(x) - (2 * cross - own - mean(itertools.permutations(y, 2)))) < 1e-5
+    assert abs(EnergyDistance(y)(x) - (2 * cross - own - mean(itertools.permutations(y, 2)))) < 2 * cross * error
     a, b = y[k == 0], y[k == 1]
     strata = mean(itertools.permutations(a, 2)) / 4 + mean(itertools.permutations(b, 2)) / 4
     strata += mean(itertools.product(a, b)) / 2
-    assert abs(EnergyDistance(y, k)(x) - (2 * cross - own - strata)) < 1e-5
-    assert all(abs(scflow.mean_distance(x, y, rows=rows) - cross) < 1e-5 for rows in (1, 2, 5, 9))
+    assert abs(EnergyDistance(y, k)(x) - (2 * cross - own - strata)) < 2 * cross * error
     with pytest.raises(ValueError, match="two rows"):
         EnergyDistance(y, torch.arange(6))
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_total_distance_is_that_of_all_pairs(d):
+    """Against torch.pdist: in 3-D for blocks of every size; in 2-D also of one pair in any direction, to 2e-4."""
+    x = torch.randn(9, d).double()
+    for rows in (1, 2, 5, 100):
+        assert abs(scflow.total_distance(x, rows) / torch.pdist(x).sum() - 1) < (2e-4 if d == 2 else 1e-12)
+    for angle in torch.linspace(0, math.pi, 500):
+        pair = torch.tensor([[0.0, 0.0], [3 * angle.cos(), 3 * angle.sin()]])
+        assert d == 3 or abs(scflow.total_distance(pair) / 3 - 1) < 2.01e-4
 
 
 def test_energy_distance_is_unbiased():
