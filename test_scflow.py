@@ -2864,6 +2864,33 @@ def test_running_out_of_memory_says_what_to_lower(command, troubles, tmp_path, m
     assert "out of memory" in error and "--student-batch" in error and error.count("\n") == 1
 
 
+# ═══ Notebooks ══════════════════════════════════════════════════════════════════════════════
+
+
+def percent_cells(text):
+    """The cells of a percent-format source as (kind, text)."""
+    cells = []
+    for part in re.split(r"^# %%", text, flags=re.M)[1:]:
+        mark, _, body = part.partition("\n")
+        markdown = "[markdown]" in mark
+        lines = [re.sub("^# ?", "", line) if markdown else line for line in body.strip("\n").split("\n")]
+        cells.append(("markdown" if markdown else "code", "\n".join(lines).strip("\n")))
+    return cells
+
+
+@pytest.mark.parametrize("source", sorted((HERE / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+def test_notebooks_are_their_sources_executed(source):
+    """Each .ipynb has the cells of its .py, ran from top to bottom without an error, and stays below a megabyte."""
+    path = source.with_suffix(".ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert [(c["cell_type"], "".join(c["source"]).strip("\n")) for c in cells] == percent_cells(source.read_text())
+    code = [c for c in cells if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    assert not any(out["output_type"] == "error" for c in code for out in c["outputs"])
+    assert any("image/png" in out.get("data", {}) for c in code for out in c["outputs"])
+    assert path.stat().st_size < 1_000_000
+
+
 # ═══ README.md ══════════════════════════════════════════════════════════════════════════════
 
 COMMANDS = re.findall(r"^(?:pip install .* && )?python (toy_2d\.py.*)$", README, re.M)  # in blocks, and in sentences
