@@ -880,15 +880,17 @@ def ablate_command(argv):
     rows, donors, waves = chosen_rows(settings.rows), {}, ([], [])
     names = list(DATASETS) if settings.datasets == "all" else settings.datasets.split(",")
     for name, seed, (label, (flags, _)) in itertools.product(names, settings.seeds.split(","), rows.items()):
-        dataset(name)
-        flags = f"{flags} {settings.flags}"
+        mixture, flags = isinstance(dataset(name), GaussianMixture), f"{flags} {settings.flags}"
         out = Path(settings.runs, "-".join([*re.findall(r"[\w.]+", flags), Path(name).stem, seed]))
         cell = ["--dataset", name, "--seed", seed, "--samples", str(settings.samples), "--out", str(out), "--quiet"]
         cell += shlex.split(flags)
         run, teacher, _ = configure(cell)  # this and `dataset` complain before the first run starts
+        if run.teacher == "exact" and not mixture:
+            continue  # a row that this data set cannot have
         key = (name, seed, run.teacher, teacher, run.width, run.depth)
         first = donors.setdefault(key, out) == out  # a teacher is trained once, and serves the runs of the second wave
         waves[not first].append((label, cell if first else [*cell, "--teacher-from", str(donors[key])]))
+    require(any(waves), "--teacher exact needs a mixture, and there is none among the data sets")
     with (
         ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=sum(map(len, waves)), desc="runs") as bar,

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 2. Consistency
 #
-# **Question.** Can one network evaluation jump to where the flow would end? And why does the student that can do it get
-# *worse* when it takes more steps?
+# **Question.** Can one network evaluation jump to where the flow would land? And if it can, why do more steps of the
+# same network make the samples worse?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/02_consistency.ipynb)
 
@@ -24,6 +24,7 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 sys.path[:0] = [".", ".."]  # a clone holds scflow.py here or one folder up
@@ -36,280 +37,461 @@ except ImportError:  # a hosted notebook: fetch it once
 torch.set_num_threads(1)  # networks this small run best in one thread
 TEACHER, STUDENT, THIRD, GREY, PINK = "#D55E00", "#0072B2", "#009E73", "#999999", "#CC79A7"
 plt.rcParams.update({"font.size": 12, "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-angles = torch.arange(8) * math.pi / 4
-mixture = scflow.GaussianMixture(2 * torch.stack([angles.cos(), angles.sin()], 1), 0.15)
-generator = torch.Generator().manual_seed(0)
-
-
-def window(ax, title):
-    """A square picture around the data."""
-    ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
-
 
 # %% [markdown]
 # ## The flow map
 #
-# f\*(x,t) is where the flow takes (x,t) at t = 0. All points of one path have the same value: f\* is **constant along
-# paths**, and at the end of the path it is the identity, f\*(x,0) = x. The two facts together determine it.
+# Data are eight Gaussians, and the teacher is their exact velocity v\*. Follow it from (x,t) down to t = 0: where it
+# lands is **f\*(x,t)**. Two facts fix f\*: it is the same at all points of a path, and f\*(x,0) = x.
 
 # %%
-noise = torch.randn(40, 2, generator=generator)
-_, paths = scflow.sample(mixture, noise, 100, "heun", trajectory=True)  # (101, 40, 2)
-values = [mixture.flow_map(paths[i], torch.full((40,), 1 - i / 100)) for i in (0, 40, 80)]
-assert all((v - paths[-1]).norm(dim=1).max() < 0.02 for v in values)  # from anywhere on the path
+angle = torch.arange(8) * math.pi / 4
+mixture = scflow.GaussianMixture(2 * torch.stack([angle.cos(), angle.sin()], 1), std=0.15)
+generator = torch.Generator().manual_seed(0)
+noise = torch.randn(4000, 2, generator=generator)
+shown, times = noise[:30], torch.linspace(1, 0, 101)
 
-fig, ax = plt.subplots(figsize=(4.6, 4.6))
-ax.plot(*paths.permute(2, 0, 1).numpy(), color=GREY, lw=0.8)
-for i, colour in ((0, TEACHER), (40, PINK), (80, THIRD)):
-    ax.scatter(*paths[i].T.numpy(), s=12, color=colour, label=f"t = {1 - i / 100:g}", zorder=2)
-ax.scatter(*values[0].T.numpy(), s=30, facecolors="none", edgecolors=STUDENT, label="f*, the same from all", zorder=2)
-window(ax, "one value per path")
-ax.legend(frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1, 1))
+# %%
+_, path = scflow.sample(mixture, shown, steps=100, solver="heun", trajectory=True)  # (101,30,2)
+every = [(x, t.expand(30)) for x, t in zip(path, times)]
+landed = torch.stack([mixture.flow_map(x, t, steps=50) for x, t in every])  # f*(x_t,t) at each point
+guess = torch.stack([scflow.predict_x0(mixture, x, t) for x, t in every])  # x_t − t·v*(x_t,t)
+assert torch.equal(landed[-1], path[-1])  # f*(x,0) = x
+assert (landed - path[-1]).norm(dim=-1).max() < 0.02  # constant along each path
+assert (guess - path[-1]).norm(dim=-1).max() > 1  # the straight jump with v* is not
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(10, 4.4))
+axes[0].plot(*path.permute(2, 0, 1), color=GREY, lw=1)
+axes[0].scatter(*path[0].T, s=14, color=TEACHER, label="noise", zorder=2)
+axes[0].scatter(*landed[0].T, s=22, color=STUDENT, label="f* of the noise", zorder=2)
+axes[0].set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+for i in (0, 2, 4):
+    for y, color, name in ((path, GREY, "$x_t$"), (guess, TEACHER, "$x_t - t\\,v^*$"), (landed, STUDENT, "f*")):
+        axes[1].plot(times, y[:, i, 0], color=color, lw=2.5, label=name if i == 0 else None)
+axes[1].set(xlabel="t", ylabel="first coordinate", xlim=(1, 0))
+axes[1].set(ylim=(-1.8, 2.2))
+axes[0].legend(frameon=False, loc="upper left", handletextpad=0.1, borderpad=0)
+axes[1].legend(frameon=False, loc="upper center", ncol=3)
+plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *What to see: orange, pink and green points of a path share one blue ring.*
+# *What to see. Left: paths bend, and f\* knows their ends. Right: three paths, from noise to data. The point moves
+# (grey); the teacher's straight guess moves too (orange); only f\* (blue) says the same thing all the way.*
+
+# %% [markdown]
+# ## A loss from the two facts
 #
-# ## The end of the path
+# Learn f\* without walking the paths. Take a point x_t and its neighbour on the path, a little nearer to the data. Ask
+# the student for the same answer at both: that is **consistency**. The target side is a slow copy of the student, θ⁻,
+# held fixed.
 #
-# The network gives v; its jump is f(x,t) = x − t·v(x,t). At t = 0 that is x, **whatever the weights are**.
+# The other fact, f(x,0) = x, costs nothing: f(x,t) = x − t·v(x,t) has it **whatever the weights are**.
 
 # %%
 torch.manual_seed(0)
-x = torch.randn(1000, 2, generator=generator)
-assert torch.equal(scflow.predict_x0(scflow.MLP(), x, torch.zeros(1000)), x)
+net, x = scflow.MLP(), torch.randn(1000, 2, generator=generator)  # an untrained network
+assert torch.equal(scflow.predict_x0(net, x, torch.zeros(1000)), x)
+assert not torch.allclose(scflow.predict_x0(net, x, torch.ones(1000)), x, atol=0.1)
 
 # %% [markdown]
-# Why care? "Constant along paths" alone is also met by f = 0. Take the boundary away, let the network give f itself,
-# and train it to agree with its neighbour on the exact path.
+# ## Break it
+#
+# **Predict before you run it:** what is learned if the network gives f itself, and nothing ties down t = 0? Everything
+# else stays: the loss, the teacher, the loop, the seeds.
 
 
 # %%
-def train(jump, updates=300, delta=0.1, wrong=False):
-    """Consistency on the exact paths with a jump(net, x, t); returns the losses and the one-step samples."""
+class Free(torch.nn.Module):
+    """A student whose f(x,t) is the network itself; this is the velocity that makes it so."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = scflow.MLP()
+
+    def forward(self, x, t, cond=None):
+        return (x - self.net(x, t)) / t.clamp(min=1e-6)[:, None]
+
+
+def batch(n, generator):
+    return mixture.sample(n, generator)[0], None
+
+
+# %%
+alone = dict(tau=0.0, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0)  # consistency and nothing else
+short, losses, students = scflow.Phase(steps=300, batch=256, **alone), {}, {}
+for name, kind in (("f = x − t·v", scflow.MLP), ("f = network", Free)):
     torch.manual_seed(0)
-    net, g, losses = scflow.MLP(width=64), torch.Generator().manual_seed(1), []
-    target, opt = scflow.clone(net), torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(updates):
-        x0, x1, t = mixture.sample(512, g)[0], torch.randn(512, 2, generator=g), torch.rand(512, generator=g)
-        xt = scflow.interpolate(x0, x1, t)
-        s = t - torch.rand(512, generator=g) * t.clamp(max=delta)
-        with torch.no_grad():  # the target is a constant
-            goal = jump(target, xt - (t - s)[:, None] * mixture(xt, t), s)
-        loss = scflow.pseudo_huber(jump(net, xt, t), goal)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        scflow.ema_update(target, net, 0.9)
-        losses.append(loss.item())
-    with torch.no_grad():  # a picture
-        return losses, jump(net, torch.randn(500, 2, generator=g), torch.ones(500))
+    g, losses[name] = torch.Generator().manual_seed(1), []
+    for run in scflow.distill(mixture, scflow.PointDiscriminator(), batch, g, (short,), student=kind()):
+        losses[name].append(run.losses["consistency"])
+    students[name] = run.ema
 
-
-bound, free = train(scflow.predict_x0), train(lambda net, x, t: net(x, t))
-fig, axes = plt.subplots(1, 3, figsize=(10, 3.3))
-axes[0].semilogy(bound[0], color=STUDENT, label="f = x − t·v")
-axes[0].semilogy(free[0], color=TEACHER, label="f = network")
-axes[0].set(xlabel="update", title="consistency loss")
-axes[0].legend(frameon=False, fontsize=10)
-for ax, (_, x), title, colour in zip(axes[1:], (bound, free), ("f = x − t·v", "f = network"), (STUDENT, TEACHER)):
-    ax.scatter(*x.T.numpy(), s=5, color=colour)
-    window(ax, title)
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
+for ax, (name, net), color in zip(axes[1:], students.items(), (STUDENT, TEACHER)):
+    axes[0].semilogy(losses[name], color=color, lw=1.5, label=name)
+    ax.scatter(*scflow.sample(net, noise[:1000]).T, s=5, color=color)
+    ax.set(title=name, xlabel="first coordinate", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+axes[0].set(xlabel="update", title="consistency loss", ylim=(1e-6, 0.1))
+axes[0].legend(frameon=False, loc="lower left")
 plt.tight_layout()
 plt.show()
-assert free[0][-1] < bound[0][-1] and free[1].norm(dim=1).mean() < 0.5 < bound[1].norm(dim=1).mean()
 
 # %% [markdown]
-# *What to see: without the boundary the loss is the lower one, and the samples are worthless. A small consistency loss
-# proves nothing unless the end of the path is nailed down.*
+# *What to see: the network without a boundary wins on the loss and loses everything else. It says nearly the same for
+# every noise: a constant is perfectly consistent.* A small consistency loss proves nothing by itself.
+
+# %%
+spread = {name: scflow.sample(net, noise).std(0).mean().item() for name, net in students.items()}
+final = {name: sum(values[-20:]) / 20 for name, values in losses.items()}
+for name in students:
+    print(f"{name:12s} final loss {final[name]:.6f}, standard deviation of the samples {spread[name]:.3f}")
+assert final["f = network"] < final["f = x − t·v"] / 10
+assert spread["f = network"] < 0.1 < 1 < spread["f = x − t·v"]
+
+# %% [markdown]
+# ## The neighbour
 #
-# ## The window
+# The true neighbour on the path is not known. The teacher gives it approximately, by one Euler step:
+# x_r = x_t − (t−r)·v\*(x_t,t). The time r is drawn evenly from the **window** before t, r = t − U(0, min(t,δ)).
+# (`scflow` writes x_s; from here on, s is the width of the data.)
 #
-# The neighbour x_s lies one **Euler step of the teacher** nearer the data, s = t − U(0, min(t,δ)). Even f\* does not
-# agree with it perfectly: Euler leaves the path by O(δ²). One Gaussian shows it, since its flow map is known:
-# f\*(x,t) = m + (s/σ_t)·(x − (1−t)m).
+# What does that Euler step cost? One Gaussian N(0, s²) shows it, for there every map is a factor on x.
 
 
 # %%
 def sigma(s, t):
-    """Standard deviation of x_t for data N(m, s²I)."""
+    """Standard deviation of x_t."""
     return (((1 - t) * s) ** 2 + t**2) ** 0.5
 
 
-def residual(delta, t=0.6, s=0.5):
-    """|f*(x_t,t) − f*(x_s,s)| at one standard deviation, x_s one Euler step of length δ nearer the data (m = 0)."""
-    one = scflow.GaussianMixture([[0.0]], s).double()
-    xt = torch.tensor([[sigma(s, t)]], dtype=torch.float64)
-    xs = xt - delta * one(xt, torch.tensor([t], dtype=torch.float64))
-    return (s / sigma(s, t) * xt - s / sigma(s, t - delta) * xs).abs().item()
+def slope(s, t):
+    """v*(x,t) / x."""
+    return (t - (1 - t) * s**2) / sigma(s, t) ** 2
 
 
-deltas = [0.2, 0.1, 0.05, 0.025]
-errors = [residual(d) for d in deltas]
-print("halving the window divides the residual by", [round(a / b, 2) for a, b in zip(errors, errors[1:])])
-assert 3.5 < errors[-2] / errors[-1] < 4.5
-
-# %% [markdown]
-# A short window is exact, but news from t = 0 then needs many hops to reach t = 1.
-#
-# **Exercise.** How many hops does it take on average? A hop from t goes back U(0, min(t,δ)). Count until t < 0.01.
+def exact_factor(s, t):
+    """f*(x,t) / x."""
+    return s / sigma(s, t)
 
 
 # %%
-def hops(delta, n=2000):
-    """Mean number of hops from t = 1 to below 0.01."""
+x, t = torch.randn(500, 1, generator=generator), torch.rand(500, generator=generator)
+for s in (0.15, 0.5, 2.0):
+    gaussian = scflow.GaussianMixture([[0.0]], std=s)
+    assert torch.allclose(gaussian(x, t), slope(s, t)[:, None] * x, atol=1e-3)
+    assert torch.allclose(gaussian.flow_map(x, t), exact_factor(s, t)[:, None] * x, atol=1e-3)
+
+# %% [markdown]
+# **Exercise.** A student says f(x,r) = a·x at time r. By which number does it multiply x_t when it answers at the
+# teacher's neighbour, f(x_r,r)?
+
+
+# %%
+def target_factor(a, t, r, s):
+    """f(x_r,r) / x_t for x_r one Euler step from x_t."""
     # your answer
-    t, count = torch.ones(n), torch.zeros(n)
-    while (far := t >= 0.01).any():
-        t = torch.where(far, t - torch.rand(n, generator=generator) * t.clamp(max=delta), t)
-        count += far
-    return count.mean().item()
+    return a * (1 - (t - r) * slope(s, t))
 
 
-print({d: round(hops(d), 1) for d in (0.05, 0.1, 0.5)})
-assert abs(hops(0.05) - 41) < 3 and abs(hops(0.1) - 22) < 3 and hops(0.5) < 8
+# %%
+r = t * torch.rand(500, generator=generator)
+for s in (0.15, 0.5, 2.0):
+    a, gaussian = torch.rand(500, generator=generator), scflow.GaussianMixture([[0.0]], std=s)
+    neighbour = x - (t - r)[:, None] * gaussian(x, t)
+    assert torch.allclose(a[:, None] * neighbour, target_factor(a, t, r, s)[:, None] * x, atol=1e-3)
+    close = target_factor(exact_factor(s, t - 1e-4), t, t - 1e-4, s)  # for a tiny step f* is consistent
+    assert torch.allclose(close, exact_factor(s, t), atol=1e-3)
+
+# %% [markdown]
+# At f\* itself the two answers differ by O(δ²): halve the step, and the residual falls by four.
+
+# %%
+s, t, steps = 0.5, 0.6, 0.2 / 2 ** torch.arange(7, dtype=torch.float64)
+residuals = sigma(s, t) * (exact_factor(s, t) - target_factor(exact_factor(s, t - steps), t, t - steps, s)).abs()
+order = np.polyfit(steps[-4:].log(), residuals[-4:].log(), 1)[0]
+print(f"halving the step divides the residual by {', '.join(f'{q:.2f}' for q in residuals[:-1] / residuals[1:])}")
+assert abs(order - 2) < 0.1 and abs(residuals[-2] / residuals[-1] - 4) < 0.2
+
+# %% [markdown]
+# ## What a window trades
+#
+# So take a tiny window? News of the data enters at t = 0 only, and moves at most δ with every refit. We can watch
+# it: keep one factor a(t) for each t of a grid. A **sweep** refits all of them, each to the mean of its targets.
+
+
+# %%
+grid = torch.linspace(0, 1, 801, dtype=torch.float64)
+t, r = grid[:, None], grid[None, :]
+
+
+def sweep_matrix(delta, s):
+    """M with a ← M·a: row t averages the targets from all r of the window before t."""
+    inside = (r < t) & (r > t - delta - 1e-9)
+    matrix = target_factor(1, t, r, s) * inside / inside.sum(1, keepdim=True).clamp(min=1)
+    matrix[0, 0] = 1  # f(x,0) = x
+    return matrix
+
+
+def rest(matrix, constant):
+    """The a that a sweep leaves as it is: a = M·a + constant. At t = 0 it is one."""
+    eye = torch.eye(len(grid), dtype=grid.dtype)
+    known = (matrix[1:, 0] + constant[1:])[:, None]
+    return torch.linalg.solve_triangular(eye[1:, 1:] - matrix[1:, 1:], known, upper=False)[:, 0]
+
+
+# %%
+s, deltas, bias, sweeps, snapshots = 0.5, 0.4 / 2 ** torch.arange(6), [], [], []
+nothing = torch.zeros_like(grid)
+for delta in deltas.tolist():
+    matrix, a, count = sweep_matrix(delta, s), (1 - grid) * s**2 / sigma(s, grid) ** 2, 0  # from the teacher's guess
+    final = rest(matrix, nothing)[-1].item()
+    while abs(a[-1].item() - final) > 0.01 * s:
+        if delta == deltas[2] and count % 6 == 0:
+            snapshots.append(a)
+        a, count = matrix @ a, count + 1
+    bias.append(abs(final - s))
+    sweeps.append(count)
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
+for i, a in enumerate(snapshots):
+    name = "every 6 sweeps" if i == len(snapshots) - 1 else None
+    axes[0].plot(grid, a, color=STUDENT, lw=1.5, alpha=0.25 + 0.75 * i / len(snapshots), label=name)
+axes[0].plot(grid, exact_factor(s, grid), color="black", ls="--", lw=2, label="f*")
+axes[0].set(xlabel="t", ylabel="f(x,t) / x", ylim=(0, 1.15), title=f"δ = {deltas[2]:g}")
+axes[0].legend(frameon=False)
+axes[1].loglog(steps, residuals, "s-", color=GREY, lw=2, label="residual of f*")
+axes[1].loglog(deltas, bias, "o-", color=TEACHER, lw=2, label="error at rest")
+axes[1].set(xlabel="δ", title="error")
+axes[1].legend(frameon=False)
+axes[2].loglog(deltas, sweeps, "^-", color=THIRD, lw=2)
+axes[2].set(xlabel="δ", title="sweeps until within 1%")
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *What to see. Left: the curve starts at the teacher's guess and is put right from t = 0 outwards. Middle: one hop errs
+# by δ² (grey), the whole walk by δ (orange). Right: the shorter the window, the more sweeps. The window trades accuracy
+# for patience.*
+
+# %%
+print("error at rest, over s:", ", ".join(f"δ = {d:g}: {b / s:.3f}" for d, b in zip(deltas.tolist(), bias)))
+print("sweeps:", ", ".join(f"δ = {d:g}: {n}" for d, n in zip(deltas.tolist(), sweeps)))
+assert 1.7 < bias[-2] / bias[-1] < 2.1  # first order: half the window, half the error
+assert 1.5 < sweeps[-1] / sweeps[-2] < 2.5  # and twice the sweeps
 
 # %% [markdown]
 # ## Truncation
 #
-# Below τ the target is the data point x₀ itself. Its squared optimum is the mean of x₀ given x_t, which is narrower
-# than the data. Above τ that value is handed on along the path.
+# The paper does not walk all the way: where r < τ, the target is the true x₀. That is news from the data without
+# waiting. But many x₀ belong to one x_t, and the best squared answer is their mean,
+# E[x₀|x_t] = x_t − t·v\*(x_t,t). Above τ this mean is handed on along the path.
 #
-# **Exercise.** For one Gaussian (m = 0) the mean of x₀ given x_τ is (1−τ)s²/σ_τ² · x_τ. What is the standard
-# deviation of the one-step sample, if the value at τ is handed on unchanged?
+# **Exercise.** One Gaussian: what is the standard deviation of f(x₁,1), if it is the mean at the point x_τ of its path?
 
 
 # %%
 def one_step_std(tau, s):
-    """Of f(x₁,1), which is the posterior mean at the point x_τ of the same path."""
+    """Standard deviation of E[x₀|x_τ]."""
     # your answer
-    return (1 - tau) * s**2 / sigma(s, tau)  # x_τ has deviation σ_τ
+    return (1 - tau) * s**2 / sigma(s, tau)  # the mean is (1−τ)s²/σ_τ² · x_τ, and x_τ has deviation σ_τ
 
 
-for tau, s in ((0.0, 0.5), (0.4, 0.15), (0.4, 1.0)):
-    one, start = scflow.GaussianMixture([[0.0]], s), torch.randn(5000, 1, generator=generator)
-    _, path = scflow.sample(one, start, 100, "heun", trajectory=True)
-    at_tau = path[round(100 * (1 - tau))]
-    mean = scflow.predict_x0(one, at_tau, torch.full((5000,), tau))  # x − τ·v* is the mean of x₀ given x_τ
-    assert abs(mean.std().item() - one_step_std(tau, s)) < 0.05 * s
-
-taus = torch.linspace(0, 1, 101)
-fig, ax = plt.subplots(figsize=(6.5, 3.6))
-for s, colour in ((0.15, GREY), (0.5, THIRD), (1.0, STUDENT), (2.0, TEACHER)):
-    ax.plot(taus, one_step_std(taus, s) / s, color=colour, lw=2.5, label=f"s = {s:g}")
-ax.axvline(0.4, color="black", ls=":", lw=1)
-ax.set(xlabel="truncation τ", ylabel="one-step std / data std", xlim=(0, 1), ylim=(0, 1.02))
-ax.legend(frameon=False)
-plt.show()
+# %%
+x1 = torch.randn(500, 1, generator=generator)
+for s in (0.15, 0.5, 1.0, 2.0):
+    gaussian = scflow.GaussianMixture([[0.0]], std=s)
+    for tau in (0.1, 0.4, 0.8):
+        x_tau = sigma(s, tau) * x1  # the flow from t = 1 to τ: paths keep their quantile
+        mean = scflow.predict_x0(gaussian, x_tau, torch.full((500,), tau))
+        assert abs((mean.std() / x1.std()).item() - one_step_std(tau, s)) < 1e-3 * s
+    assert abs(one_step_std(0.0, s) - s) < 1e-9 and one_step_std(1.0, s) == 0
 
 # %% [markdown]
-# *What to see: the sharper the data, the more truncation blurs. At the paper's τ = 0.4 (dotted) a narrow mode
-# keeps a fifth of its width. Something has to win the spread back: the critic of the next notebook.*
-#
-# ## A student
-#
-# A teacher, then consistency alone, without truncation.
+# The formula hands the mean on without error, from τ sharp. Sweeps with a window tell the rest.
 
 
 # %%
-def batch(n, generator):
-    """Data, and no condition."""
-    return mixture.sample(n, generator)[0], None
+def rest_std(tau, s, delta=0.1):
+    """Standard deviation of f(x₁,1) at rest, with targets x₀ where r < τ."""
+    matrix, truncated = sweep_matrix(delta, s), r < tau - 1e-9
+    share = ((matrix != 0) & truncated).sum(1) / (matrix != 0).sum(1)
+    return rest(matrix * ~truncated, share * (1 - grid) * s**2 / sigma(s, grid) ** 2)[-1].item()
 
 
-torch.manual_seed(0)
-*_, run = scflow.train_teacher(scflow.MLP(), batch, generator, scflow.TeacherSettings(teacher_steps=900))
-teacher, phase = run.ema, scflow.Phase(steps=1500, tau=0.0, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0)
-*_, run = scflow.distill(teacher, scflow.PointDiscriminator(), batch, generator, (phase,))
-student, start = run.ema, torch.randn(4000, 2, generator=generator)
-
-# %%
-fig, axes = plt.subplots(1, 4, figsize=(10, 2.9))
-pictures = {"teacher, 1 step": (teacher, 1), "teacher, 50 steps": (teacher, 50), "student, 1 step": (student, 1)}
-pictures["student, 8 steps"] = (student, 8)
-for ax, (title, (net, steps)) in zip(axes, pictures.items()):
-    x = scflow.sample(net, start[:1500], steps)
-    ax.scatter(*x.T.numpy(), s=3, color=TEACHER if net is teacher else STUDENT, linewidths=0)
-    window(ax, title)
+taus, fig = torch.linspace(0, 1, 101), plt.figure(figsize=(7, 3.8))
+for s, color in ((0.15, GREY), (0.5, THIRD), (1.0, STUDENT)):
+    plt.plot(taus, one_step_std(taus, s) / s, color=color, lw=2.5, label=f"s = {s:g}")
+    plt.plot(taus[10:91:10], [rest_std(tau, s) / s for tau in taus[10:91:10].tolist()], "o", color=color, ms=7)
+plt.axvline(0.4, color="black", ls=":", lw=1.5, label="τ = 0.4")
+plt.gca().set(xlabel="truncation τ", ylabel="one-step std / s", xlim=(0, 1), ylim=(0, 1.03))
+plt.legend(frameon=False)
 plt.tight_layout()
 plt.show()
-radius = {n: scflow.sample(student, start, n).norm(dim=1).mean() for n in (1, 8)}
-assert radius[8] > 1.05 * radius[1]
+assert all(0.75 < rest_std(0.4, s) / one_step_std(0.4, s) < 1 for s in (0.15, 0.5, 1.0))
 
 # %% [markdown]
-# *What to see: one step of the student nearly does what takes the teacher fifty. With eight steps its modes move
-# outwards.*
+# *What to see: lines are the formula, dots the sweeps with δ = 0.1. Truncation shrinks the one-step sample, the narrow
+# Gaussian most. The dots lie a little lower: the window shrinks too. A mean is no sample; the next notebook asks a
+# critic to win the spread back.*
+
+# %% [markdown]
+# ## A student
 #
-# ## More steps, worse samples
+# Back to the eight Gaussians, with τ = 0. The network of the broken experiment that kept its boundary goes on
+# training, in larger batches.
+
+# %%
+phase = scflow.Phase(steps=900, batch=384, **alone)
+g, critic = torch.Generator().manual_seed(2), scflow.PointDiscriminator()  # a critic of weight zero
+*_, run = scflow.distill(mixture, critic, batch, g, (phase,), student=students["f = x − t·v"])
+student = run.ema
+
+# %%
+noise = noise[:2000]
+truth = mixture.flow_map(noise, torch.ones(2000), steps=50)
+jumps = {"v*, 1 step": scflow.sample(mixture, noise), "student, 1 step": scflow.sample(student, noise)}
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.7), sharey=True)
+for ax, (name, x), color in zip(axes, (jumps | {"f*": truth}).items(), (TEACHER, STUDENT, GREY)):
+    ax.scatter(*x.T, s=4, color=color)
+    ax.set(title=name, xlabel="first coordinate", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+axes[0].set_ylabel("second coordinate")
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *What to see: one step with the teacher's velocity gives the mean of all data, for any noise. One step of the student
+# gives eight modes, with a few points on the bridges between them.*
+
+# %%
+errors = {name: scflow.rms_distance(x, truth) for name, x in jumps.items()}
+print("distance to the exact map:", ", ".join(f"{name} {e:.2f}" for name, e in errors.items()))
+assert errors["student, 1 step"] < errors["v*, 1 step"] / 4
+
+# %% [markdown]
+# ## More steps
 #
-# Is the student badly trained? Ask the **perfect** student, f\* itself, as the velocity v(x,t) = (x − f\*(x,t))/t.
+# More steps helped the teacher. Let the student take them: Euler steps with its v, or **re-noising**, jump to x̂₀ and
+# noise it again to the next time. Beside it the perfect student, f\* itself, as the velocity (x − f\*(x,t))/t.
 
 
 # %%
 def exact(x, t, cond=None):
-    """The average velocity to the end of the exact path."""
-    return (x - mixture.flow_map(x, t, 30)) / t[:, None]
+    """The exact flow map in the form of a student: the average velocity to the end."""
+    return (x - mixture.flow_map(x, t, steps=20)) / t[:, None]
 
 
-truth, k = mixture.sample(4000, generator, stratified=True)
-energy = scflow.EnergyDistance(truth, k)
-floor, spread = scflow.noise_floor(energy, lambda: mixture.sample(4000, generator)[0])
-counts, result = (1, 2, 4, 8), {}
-for who, net in (("exact map", exact), ("student", student)):
+STEPS, clouds = (1, 2, 4, 8), {}
+for name, net in (("exact map", exact), ("student", student)):
     for solver in ("euler", "renoise"):
-        samples = [scflow.sample(net, start, n, solver, generator=generator) for n in counts]
-        result[who, solver] = [1e3 * energy(x) for x in samples]
-        print(f"{who:10} {solver:8}", *(f"{e:7.1f}" for e in result[who, solver]))
+        for k in STEPS:
+            g = torch.Generator().manual_seed(3)
+            clouds[name, solver, k] = scflow.sample(net, noise, k, solver, generator=g)
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-for ax, solver, title in zip(axes, ("euler", "renoise"), ("Euler", "fresh re-noising")):
-    ax.axhspan(1e3 * (floor - 2 * spread), 1e3 * (floor + 2 * spread), color="#dddddd", label="noise floor")
-    ax.plot(counts, result["exact map", solver], "s--", color=GREY, lw=2, label="exact map")
-    ax.plot(counts, result["student", solver], "o-", color=STUDENT, lw=2, label="student")
-    ax.set(title=title, xlabel="steps", xscale="log")
-    ax.set_xticks(counts, counts)
-    ax.minorticks_off()
-axes[0].set_ylabel("energy distance ×10³")
-axes[0].legend(frameon=False)
+fig, axes = plt.subplots(2, 4, figsize=(10, 5.3), sharex=True, sharey=True)
+columns = (("euler", 1, "1 step"), ("euler", 2, "2 Euler steps"), ("euler", 8, "8 Euler steps"))
+for row, name, color in zip(axes, ("exact map", "student"), (GREY, STUDENT)):
+    for ax, (solver, k, title) in zip(row, (*columns, ("renoise", 8, "8 times re-noised"))):
+        ax.scatter(*clouds[name, solver, k][:1000].T, s=3, color=color)
+        ax.set(title=title if name == "exact map" else None, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    row[0].set_ylabel(name)
 plt.tight_layout()
 plt.show()
-assert result["exact map", "euler"][0] < 3 < 10 < result["exact map", "euler"][1] < result["exact map", "euler"][3]
-assert result["student", "euler"][0] < result["student", "euler"][1] / 3 < result["student", "euler"][3] / 3
-assert max(result["exact map", "renoise"]) < 3 and result["student", "renoise"][3] < result["student", "euler"][3] / 3
 
 # %% [markdown]
-# *What to see: the perfect map gets worse with every Euler step too. It is no defect of training. Re-noising costs
-# neither of them.*
+# *What to see: both rows do the same. Euler steps swell the modes and drive them outwards; re-noising leaves them where
+# they are.*
+
+# %%
+distance = scflow.EnergyDistance(*mixture.sample(4000, generator, stratified=True))
+floor = scflow.noise_floor(distance, lambda: mixture.sample(2000, generator)[0], repeats=10)
+scores = {key: 1e3 * distance(x) for key, x in clouds.items()}
+print(f"energy distance ×10³, floor {1e3 * floor[0]:.1f} ± {1e3 * floor[1]:.1f}; steps {STEPS}")
+for name in ("exact map", "student"):
+    for solver in ("euler", "renoise"):
+        print(f"  {name:10s} {solver:8s}", *(f"{scores[name, solver, k]:7.1f}" for k in STEPS))
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True)
+for ax, solver, title in zip(axes, ("euler", "renoise"), ("Euler steps", "fresh re-noising")):
+    ax.axhspan(*(1e3 * (floor[0] + sign * 2 * floor[1]) for sign in (-1, 1)), color="#EEEEEE", label="noise floor")
+    for name, color, marker, style in (("exact map", GREY, "s", "--"), ("student", STUDENT, "o", "-")):
+        values = [scores[name, solver, k] for k in STEPS]
+        ax.plot(range(4), values, color=color, marker=marker, ls=style, lw=2.2, ms=8, label=name)
+    ax.set(title=title, xlabel="steps", xticks=range(4), xticklabels=STEPS)
+axes[0].set_ylabel("energy distance ×10³")
+axes[0].legend(frameon=False, loc="upper left")
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *What to see: with Euler both curves climb, with re-noising neither. The climb is a property of a perfect
+# consistency model, not a defect of training.*
+
+# %%
+for name in ("exact map", "student"):
+    assert scores[name, "euler", 8] > scores[name, "euler", 2] > scores[name, "euler", 1] + 2
+    assert scores[name, "renoise", 8] < scores[name, "euler", 8] / 3
+
+# %% [markdown]
+# ## Why
 #
-# The reason is where an Euler step arrives. From x̂₀ = f(x₁,1) it goes to x̂_t = (1−t)·x̂₀ + t·**the same** x₁, which
-# is not distributed like x_t, whose x₀ and x₁ are drawn apart. Re-noising draws fresh noise, and its points are x_t.
+# From x₁ an Euler step goes to x̂_t = (1−t)·x̂₀ + t·x₁, with **the same** x₁ that x̂₀ came from. In x_t, data and noise
+# are drawn apart. For one Gaussian f\*(x₁,1) = s·x₁: the deviations are (1−t)s + t and σ_t, and the first is larger.
 #
-# **Exercise.** One Gaussian, m = 0, f\*(x₁,1) = s·x₁. What is the standard deviation after **two** Euler steps of f\*?
+# **Exercise.** What is the standard deviation after two Euler steps of f\*?
 
 
 # %%
 def two_steps_std(s):
-    """Deviation of f*(x̂_½, ½) for x̂_½ = ½·s·x₁ + ½·x₁."""
+    """Standard deviation of f*(x̂_t,t) at t = ½."""
     # your answer
-    return s / sigma(s, 0.5) * (s + 1) / 2
+    return s * (1 + s) / math.sqrt(1 + s**2)  # s/σ_t · ((1−t)s + t), at t = ½
 
 
-for s in (0.15, 0.5, 2.0):
-    one, z = scflow.GaussianMixture([[0.0]], s), torch.randn(5000, 1, generator=generator)
-    halfway = (scflow.sample(one, z, 200, "heun") + z) / 2  # the first Euler step of f*
-    measured = one.flow_map(halfway, torch.full((5000,), 0.5)).std() / z.std()
-    assert abs(measured - two_steps_std(s)) < 0.02 * s
-    assert abs(two_steps_std(s) - s * (1 + s) / math.sqrt(1 + s**2)) < 1e-6
-print("two Euler steps of the exact map stretch a Gaussian by", round(two_steps_std(0.15) / 0.15, 3), "at s = 0.15")
+# %%
+def gaussian_student(s):
+    """The exact map of N(0, s²) in the form of a student."""
+    return lambda x, t, cond=None: (1 - exact_factor(s, t))[:, None] * x / t[:, None]
+
+
+for s in (0.15, 0.5, 1.0, 2.0):
+    walked = scflow.sample(gaussian_student(s), x1, steps=2)
+    assert abs((walked.std() / x1.std()).item() - two_steps_std(s)) < 1e-3 * s
+    x = torch.randn(50_000, 1, generator=generator)
+    again = scflow.sample(gaussian_student(s), x, steps=8, solver="renoise", generator=generator)
+    assert abs(again.std().item() - s) < 0.03 * s  # re-noised points are true x_t, and keep the width
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+ts, many = torch.linspace(0, 1, 101), 2 ** torch.arange(8)
+axes[0].plot(ts, (1 - ts) * 0.5 + ts, color=TEACHER, lw=2.5, label=r"$\hat{x}_t$, visited by Euler")
+axes[0].plot(ts, sigma(0.5, ts), color=STUDENT, lw=2.5, label="$x_t$, trained on")
+axes[0].set(xlabel="t", ylabel="standard deviation", title="s = 0.5", xlim=(0, 1), ylim=(0, 1.05))
+for s, color in ((0.15, GREY), (0.5, THIRD), (1.0, STUDENT)):
+    widths = [(scflow.sample(gaussian_student(s), x1, k).std() / x1.std()).item() / s for k in many.tolist()]
+    axes[1].semilogx(many, widths, "o-", base=2, color=color, lw=2, label=f"s = {s:g}")
+    assert abs(widths[0] - 1) < 1e-3 and abs(widths[-1] - 2) < 0.05
+axes[1].set(xlabel="Euler steps of the exact map", ylabel="std / s", ylim=(0.9, 2.1))
+for ax in axes:
+    ax.legend(frameon=False, loc="lower right")
+plt.tight_layout()
+plt.show()
 
 # %% [markdown]
-# **The answer.** Yes: one evaluation can replace the flow, if the end of the path is nailed down. More Euler steps on
-# it are steps of another equation, from points it never saw. To make them agree is a task of its own.
+# *What to see. Left: Euler visits points that are too far out. Right: f\* takes them for true x_t and lands too far
+# out as well. With many steps every Gaussian ends twice as wide, whatever s is.*
+#
+# **The answer.** Yes, one evaluation can land where the flow does: consistency, with the boundary built in. Its v is
+# then the average velocity to the end, and Euler on it solves another equation. Notebook 4 repairs that.
 
 # %% [markdown]
 # ## What to try next
 #
-# - Train the student with `tau=0.4`. Which of the step counts get better, and what happens to the modes at one step?
-# - Set `delta=0.02`, then `0.5`. Which loses one-step quality, and why for opposite reasons?
-# - Blur is what a mean leaves behind. What can a critic do that a regression cannot? Next notebook: `03_one_step_gan`.
+# - Train the student with `tau=0.4` instead of `tau=0.0` in `alone`. Do its one-step modes shrink to points?
+# - Set `delta=0.02`, then `delta=0.5`, in the `Phase`. Which error does each make after the same number of updates?
+# - A truncated student gives means, and means blur. Notebook 3, `03_one_step_gan`, asks a critic for the rest.
