@@ -792,7 +792,11 @@ MAIN = {
     "paper − truncation": ("--preset paper --tau 0", "paper"),
     "paper − adversarial": ("--preset paper --lambda-adv 0 --student-steps 1600", "paper"),
     "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
-    "two_phase": ("--preset two_phase", "paper"),
+    # The best of as many trials (results/tuning.md) over all step counts, and for consistency alone at one step.
+    "consistency, δ 0.2": ("--preset consistency --delta 0.2", "consistency"),
+    "consistency, δ 0.05": ("--preset consistency --delta 0.05", "consistency"),
+    "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
+    "two_phase": ("--preset two_phase", "paper, λ_self 3"),
 }
 SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at a time, as many updates
     f"{name} {value}": (f"--preset paper {flags.format(value)}", "paper")
