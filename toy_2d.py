@@ -792,11 +792,12 @@ MAIN = {
     "paper − truncation": ("--preset paper --tau 0", "paper"),
     "paper − adversarial": ("--preset paper --lambda-adv 0 --student-steps 1600", "paper"),
     "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
-    # The best of as many trials (results/tuning.md) over all step counts, and for consistency alone at one step.
+    # The best of as many trials of each (results/tuning.md): over all step counts, and at one step.
     "consistency, δ 0.2": ("--preset consistency --delta 0.2", "consistency"),
     "consistency, δ 0.05": ("--preset consistency --delta 0.05", "consistency"),
+    "paper, λ_self 1": ("--preset paper --lambda-self 1", "paper"),
     "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
-    "two_phase": ("--preset two_phase", "paper, λ_self 3"),
+    "two_phase": ("--preset two_phase", "paper, λ_self 1"),
 }
 SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at a time, as many updates
     f"{name} {value}": (f"--preset paper {flags.format(value)}", "paper")
@@ -939,7 +940,7 @@ class Ablation:
         for row, m in done:
             for r in m["rows"]:
                 who = row if r["who"] == "student" else "teacher, exact" if m["teacher"] == "exact" else "teacher"
-                more = dict(seconds=m["seconds"][r["who"]], path_error=m.get("path_error") if who == row else None)
+                more = {"path_error": m.get("path_error")} if who == row else {}
                 seeds = self.cells.setdefault((who, m["dataset"], r["solver"], r["nfe"]), {})
                 seeds.setdefault(m["seed"], {"row": who, "dataset": m["dataset"], "seed": m["seed"], **r, **more})
         self.records = [record for seeds in self.cells.values() for record in seeds.values()]
@@ -950,7 +951,6 @@ class Ablation:
         self.columns |= {f"re-noising {n}": ("renoise", n, "energy", 1e3) for n in self.counts[1:]}
         self.columns |= {f"gap at {many}": ("euler", many, "gap", 1)}
         self.columns |= {k.replace("_", " "): ("euler", few, k, 1) for k in ("map_error", "path_error", "coverage")}
-        self.columns |= {"seconds": ("euler", few, "seconds", 1)}
 
     def values(self, row, name, column):
         """{(data set, seed): value} of a row in a column of the table; `name` is a data set, or None for all."""
@@ -972,7 +972,7 @@ class Ablation:
             cells = []
             for column, (*_, scale) in self.columns.items():
                 v = [*self.values(row, name, column).values()]
-                digits = 2 if scale > 1 else 1 if column == "seconds" else 3
+                digits = 2 if scale > 1 else 3
                 cells.append(f"{np.mean(v):.{digits}f}" if v else "")
                 cells[-1] += f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else ""
             if any(cells):
@@ -989,20 +989,24 @@ class Ablation:
                 yield f"| {row} | {other} | {' | '.join(cells)} |"
 
     def draw(self, out):
-        """OUT.png: every row at every number of steps; and OUT-frontier.png, what λ_self trades, if it was swept."""
+        """OUT.png: median and range of each row; and OUT-frontier.png, what λ_self trades, if it was swept."""
         plt = drawing()
         rows = [r for r in self.rows if any(self.values(r, None, str(n)) for n in self.counts)]
         size = (2.8 + 2.4 * len(self.floors), 1.5 + 0.32 * len(rows))
-        figure, axes = plt.subplots(1, len(self.floors), figsize=size, sharey=True, squeeze=False)
+        figure, axes = plt.subplots(1, len(self.floors), figsize=size, sharex=True, sharey=True, squeeze=False)
         for ax, (name, floor) in zip(axes[0], self.floors.items()):
             ax.axvspan(floor["mean"] - 2 * floor["sd"], floor["mean"] + 2 * floor["sd"], color="#dddddd", lw=0)
             for n, colour, marker in zip(self.counts, (GREY, "#E69F00", RENOISE, STUDENT), "os^D"):
                 values = [[*self.values(row, name, str(n)).values()] or [math.nan] for row in rows]
-                mean, sd = [np.mean(v) for v in values], [np.std(v) for v in values]
-                ax.errorbar(mean, range(len(rows)), xerr=sd, fmt=marker, color=colour, label=plural(n, "evaluation"))
+                middle = np.minimum([np.median(v) for v in values], 2500)  # what ran away is on the right edge
+                reach = np.abs([[f(v) for v in values] for f in (np.min, np.max)] - middle)
+                ax.errorbar(
+                    middle, range(len(rows)), xerr=reach, fmt=marker, color=colour, label=plural(n, "evaluation")
+                )
             ax.set_xscale("symlog", linthresh=1)
             ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
-            ax.set(title=name, xlabel="energy distance × 10³", ylim=(len(rows) - 0.5, -0.5))
+            ax.minorticks_off()
+            ax.set(title=name, xlabel="energy distance × 10³", xlim=(-0.5, 2500), ylim=(len(rows) - 0.5, -0.5))
             ax.set_yticks(range(len(rows)), rows)
             ax.grid(axis="y", color="#eeeeee")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(self.counts))
