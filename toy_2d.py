@@ -965,28 +965,32 @@ class Ablation:
         yield "Energy distance ×10³ by Euler evaluations, then by re-noising. Gap: RMS from one-step to last sample."
         yield "On mixtures, map error: RMS from one-step to exact sample; path error: RMS from f(x_t,t) to f*(x_t,t)."
         yield f"Mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}."
-        yield from ["", *self.failed, ""]
+        yield from ["", *self.failed, ""] if self.failed else [""]
         yield f"| data set (noise floor) | row | {' | '.join(self.columns)} |"
         yield "|---" * (2 + len(self.columns)) + "|"
-        for (name, floor), row in itertools.product(self.floors.items(), self.rows):
+        groups = {name: f"{name} ({floor['mean']:.2f} ± {floor['sd']:.2f})" for name, floor in self.floors.items()}
+        groups |= {None: f"mean of {len(groups)}"} if len(groups) > 1 else {}
+        for name, row in itertools.product(groups, self.rows):
             cells = []
             for column, (*_, scale) in self.columns.items():
-                v = [*self.values(row, name, column).values()]
-                digits = 2 if scale > 1 else 3
+                found, digits = self.values(row, name, column), 2 if scale > 1 else 3
+                v = [np.mean([v for (_, s), v in found.items() if s == seed]) for seed in {s: 0 for _, s in found}]
                 cells.append(f"{np.mean(v):.{digits}f}" if v else "")
                 cells[-1] += f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else ""
             if any(cells):
-                yield f"| {name} ({floor['mean']:.2f} ± {floor['sd']:.2f}) | {row} | {' | '.join(cells)} |"
+                yield f"| {groups[name]} | {row} | {' | '.join(cells)} |"
 
     def tests(self):
-        """Lines of Markdown: each row against another, paired by data set and seed."""
-        yield "Each row against another, in pairs of the same data set and seed: ratio of the means; in how many pairs"
-        yield from ["it is lower; two-sided p of the signed ranks.", ""]
-        yield from [f"| row | against | {' | '.join(self.columns)} |", "|---" * (2 + len(self.columns)) + "|"]
-        for row, other in self.rows.items():
-            cells = [paired(self.values(other, None, c), self.values(row, None, c)) for c in self.columns]
-            if any(cells):
-                yield f"| {row} | {other} | {' | '.join(cells)} |"
+        """Lines of Markdown: each row against another, paired by data set and seed, if there are two or more pairs."""
+        compared = {
+            (row, other): [paired(self.values(other, None, c), self.values(row, None, c)) for c in self.columns]
+            for row, other in self.rows.items()
+        }
+        if any(map(any, compared.values())):
+            yield "Each row against another, in pairs of the same data set and seed: ratio of the means; in how many"
+            yield from ["pairs it is lower; two-sided p of the signed ranks.", ""]
+            yield from [f"| row | against | {' | '.join(self.columns)} |", "|---" * (2 + len(self.columns)) + "|"]
+            yield from (f"| {' | '.join([*names, *cells])} |" for names, cells in compared.items() if any(cells))
 
     def draw(self, out):
         """OUT.png: median and range of each row; and OUT-frontier.png, what λ_self trades, if it was swept."""

@@ -284,6 +284,36 @@ assert 1.7 < bias[-2] / bias[-1] < 2.1  # first order: half the window, half the
 assert 1.5 < sweeps[-1] / sweeps[-2] < 2.5  # and twice the sweeps
 
 # %% [markdown]
+# The same with sliders, where `ipywidgets` is at hand (hosted notebooks have it); elsewhere one picture.
+
+
+# %%
+def walk(delta=0.1, sweeps=6, s=0.5):
+    """Draw the factor a(t) after a number of sweeps with window δ."""
+    a, matrix = (1 - grid) * s**2 / sigma(s, grid) ** 2, sweep_matrix(delta, s)
+    for _ in range(sweeps):
+        a = matrix @ a
+    plt.figure(figsize=(6.5, 3.4))
+    plt.plot(grid, a, color=STUDENT, lw=2.5, label=f"δ = {delta:g}, {sweeps} sweeps")
+    plt.plot(grid[1:], rest(matrix, nothing), color=TEACHER, lw=2.5, ls=":", label="at rest")
+    plt.plot(grid, exact_factor(s, grid), color="black", ls="--", lw=2, label="f*")
+    plt.gca().set(xlabel="t", ylabel="f(x,t) / x", ylim=(0, 1.15), title=f"s = {s:g}")
+    plt.legend(frameon=False)
+    plt.show()
+
+
+try:
+    from ipywidgets import interact
+
+    interact(walk, delta=(0.02, 0.5, 0.02), sweeps=(0, 60), s=(0.1, 1.0, 0.1))
+except ImportError:
+    walk()
+
+# %% [markdown]
+# *What to see: news of the data has come as far as the blue curve lies on the dotted one. With a wide window it
+# arrives at once, but at the wrong place.*
+
+# %% [markdown]
 # ## Truncation
 #
 # The paper does not walk all the way: where r < τ, the target is the true x₀. That is news from the data without

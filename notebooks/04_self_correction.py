@@ -231,6 +231,38 @@ plt.show()
 # only x̂_t goes, self-correction wins.*
 
 # %% [markdown]
+# The same with sliders, where `ipywidgets` is at hand (hosted notebooks have it); elsewhere one picture.
+
+
+# %%
+def tug_of_war(s=0.15, t=0.5, lam=1.0):
+    """Draw what the losses ask for, and how often they come to each x."""
+    line, x = (1 - t) * s + t, torch.linspace(0, 3 * ((1 - t) * s + t), 200)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    for std, color, name in ((sigma(s, t), STUDENT, "consistency"), (line, TEACHER, "self-correction")):
+        axes[0].plot(x, normal(x, std), color=color, lw=2.5, label=name)
+        axes[1].plot(x, x * s / std, color=color, lw=2.5, label=name)
+    axes[1].plot(x, compromise(x, s, t, lam), color="black", ls="--", lw=1.8, label=f"both, λ = {lam:g}")
+    axes[0].set(xlabel="x", title=f"s = {s:g}, t = {t:g}", ylabel="density", ylim=(0, None))
+    axes[1].set(xlabel="x", title="best f(x,t)", ylim=(0, None))
+    for ax in axes:
+        ax.legend(frameon=False)
+    plt.tight_layout()
+    plt.show()
+
+
+try:
+    from ipywidgets import interact
+
+    interact(tug_of_war, s=(0.05, 2.0, 0.05), t=(0.05, 0.95, 0.05), lam=(0.0, 10.0, 0.1))
+except ImportError:
+    tug_of_war()
+
+# %% [markdown]
+# *What to see: the two laws all but coincide when s is small against t, and so do the answers. The quarrel is worst
+# where (1−t)s = t.*
+
+# %% [markdown]
 # ## Can self-correction reach zero at all?
 #
 # Only if no two lines x₁ → x̂₀ are at the same place at the same time: the network sees (x,t), not the line.
