@@ -1916,6 +1916,23 @@ def test_ablation_writes_every_cell_shares_teachers_and_repeats_no_run(tmp_path,
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_ablation_averages_over_data_sets_before_it_takes_deviations():
+    """The mean row: each seed's mean over data sets, then mean ± sd over seeds; pairs are counted over both."""
+
+    def cell(name, seed, energy):
+        row = dict(who="student", solver="euler", nfe=1, energy=energy / 1e3, gap=0.5)
+        floor = dict(mean=0.0, sd=1e-4)
+        return dict(dataset=name, seed=seed, teacher="learned", machine="here", floor=floor, rows=[row])
+
+    values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 11.0, ("b", 1): 10.0}
+    done = [("one", cell(*key, v)) for key, v in values.items()] + [("two", cell(*k, v - 1)) for k, v in values.items()]
+    results = toy_2d.Ablation({"one": ("", ""), "two": ("", "one")}, done)
+    text = "\n".join([*results.table(toy_2d.Ablate()), *results.tests()])
+    assert "| a (0.00 ± 0.10) | one | 2.00 ± 1.41 |" in text
+    assert "| mean of 2 | one | 6.25 ± 0.35 |" in text  # of 6 and 6.5
+    assert "| two | one | ×0.84, 4/4, " in text
+
+
 # ═══ celeba_latent.py: pictures and autoencoders ════════════════════════════════════════════
 
 TINY = (dict(dim=16, depth=1, heads=2), dict(teacher_steps=12, teacher_batch=16, teacher_lr=1e-3))
