@@ -349,6 +349,8 @@ class PointDiscriminator(nn.Module):
         refuse(cond)
         return self.layers(x)[:, 0]
 
+    flops = MLP.flops
+
 
 def mixed_precision(forward):
     """Let a network's forward pass compute in its `.precision`; weights, input and output stay as they are."""

@@ -5,12 +5,14 @@
     python toy_2d.py --preset paper --lambda-self 2    the paper's joint losses, one weight changed
     python toy_2d.py plot --out runs/8gaussians --figures all --gif
     python toy_2d.py ablate --quick                    what each loss repairs, rows side by side in processes
+    python toy_2d.py bench                             what else the same time buys
 
 A run folder holds config.json, teacher.pt, student.pt, metrics.json, log.csv and figures.
 """
 
 import argparse
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -794,9 +796,10 @@ MAIN = {
     "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
     # The best of as many trials of each (results/tuning.md): over all step counts, and at one step.
     "consistency, δ 0.2": ("--preset consistency --delta 0.2", "consistency"),
-    "consistency, δ 0.05": ("--preset consistency --delta 0.05", "consistency"),
-    "paper, λ_self 1": ("--preset paper --lambda-self 1", "paper"),
+    "consistency, δ 0.02, lr 8e-3": ("--preset consistency --delta 0.02 --student-lr 8e-3", "consistency"),
+    "paper, λ_self 1": ("--preset paper --lambda-self 1", "consistency"),
     "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
+    "paper, λ_self 3, x̂₀ of EMA": ("--preset paper --lambda-self 3 --self-source ema", "consistency"),
     "two_phase": ("--preset two_phase", "paper, λ_self 1"),
 }
 SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at a time, as many updates
@@ -909,7 +912,9 @@ def ablate_command(argv):
     results = Ablation(rows, done)
     write_csv(f"{settings.out}.csv", results.records)
     command = f"`{shlex.join(['python', 'toy_2d.py', 'ablate', *argv])}`"
-    lines = [command, "", *results.table(settings), "", *results.tests(), ""]
+    legend = """Energy distance ×10³ by Euler evaluations, then by re-noising. Gap: RMS from one-step to last sample.
+On mixtures, map error: RMS from one-step to exact sample; path error: RMS from f(x_t,t) to f*(x_t,t)."""
+    lines = [command, "", legend, *results.table(settings), "", *results.tests(), ""]
     write_text(f"{settings.out}.md", text := "\n".join(lines))
     print(text, *results.draw(settings.out), sep="\n")
 
@@ -932,14 +937,14 @@ def paired(a, b):
 class Ablation:
     """The results of an ablation: one record per row, data set, seed, solver and count; tables and figures of them."""
 
-    def __init__(self, rows, done):
-        self.rows = {"teacher": "", "teacher, exact": ""} | {row: other for row, (_, other) in rows.items()}
+    def __init__(self, rows, done, solver="euler"):
+        self.rows = {"teacher": "", "exact velocity": ""} | {row: other for row, (_, other) in rows.items()}
         self.done = [m for _, m in done if m["rows"]]
         self.failed = [f"Failed: {row}, {m['dataset']}, {m['failure']}." for row, m in done if not m["rows"]]
         self.cells = {}  # (row, data set, solver, NFE): {seed: record}; teachers are shared, and stand once
         for row, m in done:
             for r in m["rows"]:
-                who = row if r["who"] == "student" else "teacher, exact" if m["teacher"] == "exact" else "teacher"
+                who = row if r["who"] == "student" else "exact velocity" if m["teacher"] == "exact" else "teacher"
                 more = {"path_error": m.get("path_error")} if who == row else {}
                 seeds = self.cells.setdefault((who, m["dataset"], r["solver"], r["nfe"]), {})
                 seeds.setdefault(m["seed"], {"row": who, "dataset": m["dataset"], "seed": m["seed"], **r, **more})
@@ -947,10 +952,11 @@ class Ablation:
         self.floors = {m["dataset"]: {k: 1e3 * v for k, v in m["floor"].items()} for m in self.done}
         self.counts = sorted({r["nfe"] for r in self.records if r["who"] == "student"})
         few, many = self.counts[0], self.counts[-1]
-        self.columns = {str(n): ("euler", n, "energy", 1e3) for n in sorted({r["nfe"] for r in self.records})}
+        self.columns = {f"{n:g}": (solver, n, "energy", 1e3) for n in sorted({r["nfe"] for r in self.records})}
         self.columns |= {f"re-noising {n}": ("renoise", n, "energy", 1e3) for n in self.counts[1:]}
-        self.columns |= {f"gap at {many}": ("euler", many, "gap", 1)}
-        self.columns |= {k.replace("_", " "): ("euler", few, k, 1) for k in ("map_error", "path_error", "coverage")}
+        self.columns |= {f"gap at {many}": (solver, many, "gap", 1)}
+        self.columns |= {k.replace("_", " "): (solver, few, k, 1) for k in ("map_error", "path_error", "coverage")}
+        self.columns = {k: v for k, v in self.columns.items() if any(self.values(row, None, k) for row in self.rows)}
 
     def values(self, row, name, column):
         """{(data set, seed): value} of a row in a column of the table; `name` is a data set, or None for all."""
@@ -959,11 +965,13 @@ class Ablation:
         found = {(n, seed): r.get(key) for n, seeds in cells.items() for seed, r in seeds.items()}
         return {k: scale * v for k, v in found.items() if v is not None}
 
+    def median(self, row, name, column):
+        """The median of a row over seeds, not a number if there is none."""
+        return np.median([*self.values(row, name, column).values()] or [math.nan])
+
     def table(self, settings):
         """Lines of Markdown: every row on every data set, mean ± sd over seeds."""
         machines = "; ".join({m["machine"]: 0 for m in self.done})
-        yield "Energy distance ×10³ by Euler evaluations, then by re-noising. Gap: RMS from one-step to last sample."
-        yield "On mixtures, map error: RMS from one-step to exact sample; path error: RMS from f(x_t,t) to f*(x_t,t)."
         yield f"Mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}."
         yield from ["", *self.failed, ""] if self.failed else [""]
         yield f"| data set (noise floor) | row | {' | '.join(self.columns)} |"
@@ -992,21 +1000,20 @@ class Ablation:
             yield from [f"| row | against | {' | '.join(self.columns)} |", "|---" * (2 + len(self.columns)) + "|"]
             yield from (f"| {' | '.join([*names, *cells])} |" for names, cells in compared.items() if any(cells))
 
-    def draw(self, out):
+    def draw(self, out, label=lambda n: plural(n, "evaluation")):
         """OUT.png: median and range of each row; and OUT-frontier.png, what λ_self trades, if it was swept."""
         plt = drawing()
-        rows = [r for r in self.rows if any(self.values(r, None, str(n)) for n in self.counts)]
+        rows = [r for r in self.rows if any(self.values(r, None, f"{n:g}") for n in self.counts)]
         size = (2.8 + 2.4 * len(self.floors), 1.5 + 0.32 * len(rows))
         figure, axes = plt.subplots(1, len(self.floors), figsize=size, sharex=True, sharey=True, squeeze=False)
         for ax, (name, floor) in zip(axes[0], self.floors.items()):
             ax.axvspan(floor["mean"] - 2 * floor["sd"], floor["mean"] + 2 * floor["sd"], color="#dddddd", lw=0)
             for n, colour, marker in zip(self.counts, (GREY, "#E69F00", RENOISE, STUDENT), "os^D"):
-                values = [[*self.values(row, name, str(n)).values()] or [math.nan] for row in rows]
-                middle = np.minimum([np.median(v) for v in values], 2500)  # what ran away is on the right edge
+                values = [[*self.values(row, name, f"{n:g}").values()] or [math.nan] for row in rows]
+                values = [np.minimum(v, 2500) for v in values]  # what ran away is on the right edge
+                middle = np.array([np.median(v) for v in values])
                 reach = np.abs([[f(v) for v in values] for f in (np.min, np.max)] - middle)
-                ax.errorbar(
-                    middle, range(len(rows)), xerr=reach, fmt=marker, color=colour, label=plural(n, "evaluation")
-                )
+                ax.errorbar(middle, range(len(rows)), xerr=reach, fmt=marker, color=colour, label=label(n))
             ax.set_xscale("symlog", linthresh=1)
             ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
             ax.minorticks_off()
@@ -1017,28 +1024,108 @@ class Ablation:
         figure.savefig(f"{out}.png", dpi=100)
         swept = {"paper": scflow.SCHEDULES["paper"][0].lambda_self}
         swept |= {row: float(row.split()[1]) for row in rows if row.startswith("λ_self")}
-        names = [n for n in self.floors if self.values(rows[-1], n, "path error")]
+        names = [n for n in self.floors if "path error" in self.columns and self.values(rows[-1], n, "path error")]
         if len(swept) == 1 or not names:
             return [f"{out}.png"]
-        figure, axes = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 4), squeeze=False)
+        figure, axes = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 4), sharey=True, squeeze=False)
         gap, line = f"gap at {self.counts[-1]}", sorted(swept, key=swept.get)
         for ax, name in zip(axes[0], names):
+            kept = [row for row in line if self.median(row, name, "map error") < 1]  # the others ran away
             for error, colour, marker in (("map error", TEACHER, "o"), ("path error", STUDENT, "s")):
-                x, y = ([np.mean([*self.values(row, name, c).values()]) for row in line] for c in (gap, error))
-                ax.plot(x, y, color=colour, marker=marker, label=error)
-                for row, *place in zip(line, x, y):
-                    ax.annotate(f"{swept[row]:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=9)
-            ax.set(title=name, xlabel=gap, ylabel="distance to the exact map", ylim=(0, None))
-        axes[0, 0].legend()
+                x, y = ([self.median(row, name, column) for row in kept] for column in (gap, error))
+                ax.plot(x, y, color=colour, marker=marker, label=f"λ_self: {error}")
+                for row, *place in zip(kept, x, y):
+                    if swept[row] in (0, 0.3, 1, 3, 10):  # what lies between is too close for a label
+                        ax.annotate(f"{swept[row]:g}", place, xytext=(6, 2), textcoords="offset points", fontsize=9)
+                if "two_phase" in rows:
+                    place = self.median("two_phase", name, gap), self.median("two_phase", name, error)
+                    ax.plot(*place, "*", color=colour, ms=14, label=f"two_phase: {error}")
+            ax.set(title=name, xlabel=gap, xlim=(0, None), ylim=(0, None))
+        axes[0, 0].set_ylabel("distance to the exact map")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.savefig(f"{out}-frontier.png", dpi=100)
         return [f"{out}.png", f"{out}-frontier.png"]
 
 
-# ═══ 7. Commands ════════════════════════════════════════════════════════════════════════════
+# ═══ 7. What else the same time buys ════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared; lists are separated by commas."""
+
+    methods: str = option("all", "methods by their names in notebook 6")
+    datasets: str = option("8gaussians,25gaussians,checkerboard,spirals", "data sets, or all")
+    seeds: str = option("0,1,2", "seeds")
+    shares: str = option("0.25,0.5,1", "parts of the default run's time that each method gets")
+    samples: int = option(20000, "points in the evaluation")
+    tune: bool = option(False, "all settings that were tried, instead of the chosen ones")
+    rounds: int = option(20, "turns in which the cost of an update is measured")
+    workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
+    runs: str = option("runs/bench", "folder of the finished runs, which are read back")
+    out: str = option("results/bench", "path of the results, without .csv, .md and .png")
+
+
+def relatives():
+    """Notebook 6 as a module: the other methods, the loop they share, and what they cost."""
+    path = Path(__file__).with_name("notebooks") / "06_relatives.py"
+    require(path.is_file(), f"bench runs {path}, which is not there: call it in a clone")
+    spec = importlib.util.spec_from_file_location("relatives", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def bench_cell(path, cell):
+    """One method on one data set and seed, in a process of its own; a finished cell is read back."""
+    torch.set_num_threads(1)
+    if not path.exists():
+        write_text(path, json.dumps(relatives().measure(**cell)))
+    return read_json(path, "rows", "share")
+
+
+def bench_command(argv):
+    """Our update against a naive one, and our student against the method's relatives at equal time."""
+    bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
+    module, shares = relatives(), sorted(map(float, bench.shares.split(",")))
+    names = list(DATASETS) if bench.datasets == "all" else bench.datasets.split(",")
+    chosen = list(module.METHODS) if bench.methods == "all" else bench.methods.split(",")
+    for method in chosen:
+        require(method in module.METHODS, f"no method {method!r}: there are {', '.join(module.METHODS)}")
+    methods = [(f"{k} {v}" if v else k, k, v) for k in chosen for v in (module.trials(k) if bench.tune else [{}])]
+    cells = []
+    for name, seed, share, (row, method, trial) in itertools.product(names, bench.seeds.split(","), shares, methods):
+        dataset(name)  # complains before the first run starts
+        cell = dict(method=method, name=name, seed=int(seed), share=share, samples=bench.samples, **trial)
+        slug = "-".join(re.findall(r"[\w.]+", " ".join(map(str, cell.values()))))
+        cells.append((row, Path(bench.runs, f"{slug}.json"), cell))
+    for path in (Path(bench.out), Path(bench.runs, "cell")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    costs = [] if bench.tune else [*module.cost_table(bench.rounds), ""]
+    rows, paths, settings = zip(*cells)
+    with ProcessPoolExecutor(bench.workers, mp_context=get_context("spawn")) as pool:
+        done = list(zip(rows, tqdm(pool.map(bench_cell, paths, settings), total=len(cells), desc="runs")))
+    rows = {row: ("", "" if bench.tune or row == module.OURS else module.OURS) for row, _, _ in methods}
+    by_steps = Ablation(rows, [(k, m) for k, m in done if m["share"] == shares[-1]], "own")
+    one_step = [(k, m | dict(rows=[dict(m["rows"][0], nfe=m["share"], gap=None)])) for k, m in done]
+    by_time = Ablation(rows, one_step, "own")
+    write_csv(f"{bench.out}.csv", by_steps.records)
+    write_csv(f"{bench.out}-time.csv", by_time.records)
+    command = f"`{shlex.join(['python', 'toy_2d.py', 'bench', *argv])}`"
+    legends = (
+        "Energy distance ×10³ by evaluations of the network in sampling, and gap: RMS from one-step to last sample.",
+        f"Energy distance ×10³ of one step, by training time: {shares} of the default run's.",
+    )
+    lines = [command, "", *costs, legends[0], *by_steps.table(bench), "", *by_steps.tests(), ""]
+    lines += [legends[1], *by_time.table(bench), ""]
+    write_text(f"{bench.out}.md", text := "\n".join(lines))
+    print(text, *by_steps.draw(bench.out), *by_time.draw(f"{bench.out}-time", "{:g} of the time".format), sep="\n")
+
+
+# ═══ 8. Commands ════════════════════════════════════════════════════════════════════════════
 
 
 def train_command(argv):
-    """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, ablate)."""
+    """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, ablate, bench)."""
     run, settings, schedule = configure(argv, train_command.__doc__)
     folder, metrics = train(run, settings, schedule)
     if not run.quiet:
@@ -1065,7 +1152,7 @@ def plot_command(argv):
         print(path)
 
 
-COMMANDS = {"train": train_command, "plot": plot_command, "ablate": ablate_command}
+COMMANDS = {"train": train_command, "plot": plot_command, "ablate": ablate_command, "bench": bench_command}
 
 
 def main(argv=None, commands=COMMANDS, default="train", program="toy_2d.py"):
