@@ -1823,6 +1823,9 @@ def test_a_borrowed_teacher_changes_no_number(finished, tmp_path, monkeypatch, c
     assert equal_weights("run/student.pt", donor / "student.pt") and (donor / "teacher.pt").stat().st_mtime_ns == stamp
     rows = [json.loads((p / "metrics.json").read_text())["rows"] for p in (Path("run"), donor)]
     assert rows[0] == rows[1]
+    assert toy(*SHORT, "--figures", "none", "--out", "more", "--teacher-from", donor, "--samples", "150") == 0
+    more = json.loads(Path("more/metrics.json").read_text())["rows"]
+    assert len(more) == len(rows[0]) and all(a["energy"] != b["energy"] for a, b in zip(more, rows[0]))
     assert toy(*SHORT, "--figures", "none", "--out", "other", "--teacher-from", donor, "--seed", "7") == 2
     assert "differs in seed" in capsys.readouterr().err
 
@@ -1881,6 +1884,11 @@ def test_paired_comparison_finds_a_difference_and_only_then():
     _, fell, p = toy_2d.paired(a, mixed).split(", ")
     assert fell == "5/10" and float(p) > 0.5
     assert toy_2d.paired(a, {("moons", 0): 1.0}) == ""
+    changes = np.array([-3.0, 7.0, 6.0, -1.0, 5.0, 4.0, -2.0, 8.0])  # of ranks |change|; p by all 256 signs
+    after = {("moons", i): 10 + change for i, change in enumerate(changes)}
+    exact = np.mean([abs(np.dot(s, np.abs(changes))) >= changes.sum() for s in itertools.product((-1, 1), repeat=8)])
+    _, fell, p = toy_2d.paired(dict.fromkeys(after, 10.0), after).split(", ")
+    assert fell == "3/8" and abs(float(p) - exact) < 0.015
 
 
 def tables(text):
@@ -1925,6 +1933,37 @@ def test_ablation_writes_every_cell_shares_teachers_and_repeats_no_run(tmp_path,
     before = {p: p.stat().st_mtime_ns for r in runs for p in r.glob("student.pt")}
     assert toy(*argv) == 0 and Path("results/ablation.md").read_text() == text
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_ablation_trains_a_teacher_once_for_each_data_set_and_seed(tmp_path, monkeypatch):
+    """The first wave trains them; every other run is told to borrow the one of its data set, seed and kind."""
+    waves = []
+
+    class Pool:
+        def __init__(self, workers, mp_context):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, function, cells):
+            waves.append([toy_2d.configure(cell)[0] for cell in cells])
+            row = dict(who="student", solver="euler", nfe=1, energy=1.0, gap=0.5)
+            common = dict(floor=dict(mean=0.0, sd=1e-4), machine="here", rows=[row])
+            return [dict(common, dataset=r.dataset, seed=r.seed, teacher=r.teacher) for r in waves[-1]]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", Pool)
+    rows = ["consistency", "paper", "--preset paper --teacher exact", "--preset consistency --teacher exact"]
+    assert toy("ablate", "--datasets", "8gaussians,moons", "--seeds", "0,1", "--rows", *rows) == 0
+    first, second = waves  # moons have no exact teacher
+    trained = {run.out: (run.dataset, run.seed, run.teacher) for run in first}
+    assert len(first) == len(set(trained.values())) == 6 and not any(run.teacher_from for run in first)
+    assert [trained[run.teacher_from] for run in second] == [(r.dataset, r.seed, r.teacher) for r in second]
+    assert len(second) == 6
 
 
 def test_ablation_averages_over_data_sets_before_it_takes_deviations():

@@ -632,7 +632,7 @@ if __name__ == "__main__":
     for n, color, marker in ((1, "#999999", "o"), (2, "#E69F00", "s"), (4, "#009E73", "^"), (8, "#0072B2", "D")):
         for y, metrics in enumerate(found.values()):
             at = [1e3 * row["energy"] for row in metrics["rows"] if row["nfe"] == n]
-            ax.plot(at, [y] * len(at), marker, color=color, label=f"{n} steps" if y == 2 else None)
+            ax.plot(at, [y] * len(at), marker, color=color, label=toy_2d.plural(n, "step") if y == 2 else None)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
     ax.set_yticks(range(len(found)), found)
