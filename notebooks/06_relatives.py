@@ -418,8 +418,8 @@ def jumps(net):
 
 
 # %% [markdown]
-# One function for each method: from a lab to a sampler. The settings are the best of the same number of trials
-# ([log](../results/relatives-tuning.md)).
+# One function for each method: from a lab to a sampler. Its settings are first guesses; `TRIALS` below holds the grids
+# in which `python toy_2d.py bench --tune` looks for better ones.
 
 
 # %%
@@ -506,7 +506,7 @@ METHODS = {  # and the numbers of steps it can take
 }
 
 
-TRIALS = {  # all of them were run: `python toy_2d.py bench --tune`
+TRIALS = {  # for `python toy_2d.py bench --tune`
     "flow matching": dict(lr=(2e-3, 4e-3, 8e-3)),
     "contrastive flow matching": dict(weight=(0.02, 0.05, 0.1), lr=(2e-3, 4e-3, 8e-3)),
     "2-rectified flow": dict(at_one=(0.1, 0.25, 0.5), steps=(10, 20), lr=(2e-3, 4e-3)),
@@ -524,7 +524,7 @@ TRIALS = {  # all of them were run: `python toy_2d.py bench --tune`
 
 def trials(method):
     """The settings of a method that were tried, at most twelve."""
-    grid = TRIALS.get(method, {})  # ours is tuned elsewhere, in as many trials
+    grid = TRIALS.get(method, {})  # ours is tuned by `ablate`, in as many trials
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
@@ -614,8 +614,8 @@ def cost_table(rounds=10):
 # %% [markdown]
 # ## All of them
 #
-# The full comparison (four data sets, three seeds, the whole budget) is `python toy_2d.py bench`, with its results in
-# [results/bench.md](../results/bench.md). Here a sixth of the budget, on one data set.
+# `python toy_2d.py bench` compares them on four data sets and three seeds, with a quarter, half and all of the budget.
+# Here a sixth of it, on one data set.
 
 # %%
 if __name__ == "__main__":  # not where `bench` imports the methods
