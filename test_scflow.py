@@ -1935,20 +1935,27 @@ def test_ablation_writes_every_cell_shares_teachers_and_repeats_no_run(tmp_path,
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+class HereAndNow:
+    """A pool of processes without the processes."""
+
+    def __init__(self, workers, mp_context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, function, *arguments):
+        return list(map(function, *arguments))
+
+
 def test_ablation_trains_a_teacher_once_for_each_data_set_and_seed(tmp_path, monkeypatch):
     """The first wave trains them; every other run is told to borrow the one of its data set, seed and kind."""
     waves = []
 
-    class Pool:
-        def __init__(self, workers, mp_context):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
+    class Pool(HereAndNow):
         def map(self, function, cells):
             waves.append([toy_2d.configure(cell)[0] for cell in cells])
             row = dict(who="student", solver="euler", nfe=1, energy=1.0, gap=0.5)
@@ -1988,6 +1995,8 @@ def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, m
     monkeypatch.chdir(tmp_path)
     module = toy_2d.relatives()
     monkeypatch.setattr(toy_2d, "relatives", lambda: module)
+    monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", HereAndNow)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     names = ["2-rectified flow", "BOOT", module.OURS]
     argv = ["bench", "--methods", ",".join(names), "--datasets", "moons", "--seeds", "0", "--shares", "0.005,0.01"]
     argv += ["--samples", "100", "--rounds", "1", "--workers", "2"]
