@@ -349,7 +349,7 @@ class PointDiscriminator(nn.Module):
         refuse(cond)
         return self.layers(x)[:, 0]
 
-    flops = MLP.flops
+    flops = MLP.flops  # counted alike
 
 
 def mixed_precision(forward):

@@ -2024,6 +2024,13 @@ def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, m
     assert {p: p.stat().st_mtime_ns for p in Path("runs/bench").iterdir()} == before
 
 
+def test_bench_of_an_unknown_method_is_refused(tmp_path, monkeypatch, capsys):
+    """One line, exit code 2, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert toy("bench", "--methods", "alchemy") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_bench_tries_at_most_twelve_settings_of_a_method():
     """The grid of each relative holds what its method is called with by default, or settings that it takes."""
     module = toy_2d.relatives()

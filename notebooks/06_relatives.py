@@ -642,17 +642,18 @@ if __name__ == "__main__":
     plt.show()
 
 # %% [markdown]
-# *What to see. The two rows that learn from a teacher's pairs are ahead when time is short: in the plane fifty thousand
-# pairs cost as much as five hundred updates, and a straight target is easy. (On pictures a pair costs dozens of passes
-# of a large network; and the pairs keep the teacher's error, for only a critic sees the data again.) Contrastive flow
-# matching differs little from flow matching, as the exercise says. MeanFlow and flow map matching pay for a derivative
-# in every update.*
+# *What to see. In so short a time the two rows that learn from a teacher's pairs are ahead in one step: in the plane
+# fifty thousand pairs cost as much as five hundred updates, and a straight target is easy. (On pictures a pair costs
+# dozens of passes of a large network; and the pairs keep the teacher's error, for only a critic sees the data again.)
+# In four steps consistency training, which goes back to noise in between, is within the floor. Contrastive flow
+# matching differs little from flow matching, as the exercise says. MeanFlow and flow map matching pay for a
+# derivative in every update.*
 
 # %%
 if __name__ == "__main__":
     one_step = {method: metrics["rows"][0]["energy"] for method, metrics in found.items()}
-    assert one_step["2-rectified flow"] < one_step["consistency distillation"] < one_step["flow matching"]
-    assert max(metrics["rows"][0]["seconds"] for metrics in found.values()) < 90  # a lecture, not a benchmark
+    assert set(sorted(one_step, key=one_step.get)[:2]) == {"2-rectified flow", "paired regression"}
+    assert found["consistency training"]["rows"][2]["energy"] < floor / 1e3  # four steps
 
 # %% [markdown]
 # **Exercise.** A large network spends its time in passes: three for each row of an update, one for each evaluation of a
