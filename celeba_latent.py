@@ -470,8 +470,8 @@ SIZES = {
 PAPER = Phase(168750, 32, 2e-5, 1e-4, warmup_self=1000, warmup_bi=1000, adversarial="softplus", r1=1.0)
 # This project's schedule, distil first, straighten last (see scflow.SCHEDULES), with settings found on drawn faces.
 FIRST, LAST = scflow.SCHEDULES["two_phase"]
-FIRST = replace(FIRST, steps=8000, batch=32, lr=1e-3, lr_disc=2e-4, delta=0.15, lambda_adv=0.01, lambda_bi=0.0)
-LAST = replace(LAST, steps=2000, batch=64, lr=5e-4, lr_disc=2e-4, lambda_adv=0.01)
+FIRST = replace(FIRST, steps=8000, batch=32, lr=1e-3, lr_disc=2e-4, delta=0.15, lambda_adv=0.01, at_one=0.0)
+LAST = replace(LAST, steps=2000, batch=64, lr=5e-4, lr_disc=2e-4, lambda_adv=0.01, at_one=0.25)
 SCHEDULES = {"paper": (PAPER,), "two_phase": (FIRST, LAST)}
 
 

@@ -278,21 +278,22 @@ SCHEDULES = {
     # consistency and self-correction ask one network for different values there, and a joint fit lands
     # in between. The last phase keeps the map at t = 1 and gives up the teacher's map in between, which
     # Euler sampling never visits (re-noising does). It needs neither teacher nor data for its main term.
+    # In both phases the critic judges the rows that are pinned at t = 1, which costs no pass of its own.
     "two_phase": (
-        Phase(steps=1250, lambda_self=0.0, lambda_bi=0.0, tau=0.0),
+        Phase(steps=1000, lr=8e-3, lambda_self=0.0, lambda_bi=0.0, tau=0.0, delta=0.05, at_one=0.125),
         Phase(
-            steps=350,
-            lr=2e-3,
+            steps=150,
+            lr=8e-3,
             lambda_consistency=0.0,
             lambda_bi=0.0,
             lambda_self=1.0,
             lambda_adv=0.02,
             self_source="frozen",
             self_form="velocity",
-            at_one=0.25,
+            at_one=0.5,
         ),
     ),
-    # Here to show what the other losses repair: consistency alone. All three schedules take about the same time.
+    # Here to show what the other losses repair: consistency alone, for as long as "paper".
     "consistency": (Phase(steps=2900, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0, tau=0.0),),
 }
 
@@ -612,8 +613,9 @@ def distill_losses(nets, x0, x1, t, phase, weights, generator=None, cond=None):
     terms = [name for name in ("consistency", "bi") if weights[name] > 0]
     own_source = phase.self_source == "student"
     pinned = phase.pinned(len(t))
-    # With a foreign x̂₀ the pinned rows of the self-correction pass are one-step samples, and serve the critic.
-    shared = weights["adv"] > 0 and weights["self"] > 0 and not own_source and pinned > 0
+    # Rows pinned at t = 1 are one-step samples, and serve the critic, unless the student needs x̂₀ of every row.
+    alone = not terms and weights["self"] == 0
+    shared = weights["adv"] > 0 and pinned > 0 and not alone and not (weights["self"] > 0 and own_source)
     one_step = (weights["adv"] > 0 and not shared) or (weights["self"] > 0 and own_source)
 
     if terms:  # targets: what θ⁻ says at the neighbours s < t and u > t on the teacher's path
@@ -650,7 +652,7 @@ def distill_losses(nets, x0, x1, t, phase, weights, generator=None, cond=None):
         pair = (f_hat, x0_fix) if phase.self_form == "x0" else (v_hat, x1 - x0_fix)
         losses["self"] = self_correction_loss(*pair)
     if weights["adv"] > 0:
-        fake = f_hat[:pinned] if shared else x0_hat
+        fake = x0_hat if not shared else (f_hat if weights["self"] > 0 else f_t)[:pinned]
         losses["adv"] = adversarial_loss(nets.disc(fake, head(cond, len(fake))), phase.adversarial)
     return losses, fake
 
@@ -880,7 +882,7 @@ def distill_flops(net, disc, phase, step):
     """FLOPs per row of update `step` of a phase, without R1; a backward pass costs two forward passes."""
     w, pinned, own = phase.weights(step), phase.at_one, phase.self_source == "student"
     terms = (w["consistency"] > 0) + (w["bi"] > 0)
-    shared = w["adv"] > 0 and w["self"] > 0 and not own and pinned > 0
+    shared = w["adv"] > 0 and pinned > 0 and (terms or w["self"] > 0) and not (w["self"] > 0 and own)
     one_step = 0 if shared else 3 if w["adv"] > 0 else int(w["self"] > 0 and own)
     passes = (1 + terms + 3) * (terms > 0) + one_step + (3 + (not own)) * (w["self"] > 0)
     judged = (pinned if shared else 1) * (w["adv"] > 0)  # forward and back to x̂₀; then the critic learns

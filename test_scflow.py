@@ -618,7 +618,8 @@ def reference_losses(nets, x0, x1, t, p, generator):
     rest = f(nets.student, xt_hat, t) - fixed
     if p.self_form == "velocity":
         rest = nets.student(xt_hat, t) - (x1 - fixed)
-    if p.self_source != "student" and p.at_one > 0 and p.lambda_self > 0:
+    own, others = p.lambda_self > 0 and p.self_source == "student", p.lambda_consistency + p.lambda_bi + p.lambda_self
+    if p.at_one > 0 and others and not own:
         x0_hat = x0_hat[: round(p.at_one * len(t))]  # the pinned rows serve the critic
     logits = nets.disc(x0_hat)
     adv = -logits.mean() if p.adversarial == "hinge" else (1 + (-logits).exp()).log().mean()
@@ -638,8 +639,11 @@ VARIANTS = {
         lambda_self=1.0, lambda_adv=1.0, self_source="frozen", self_form="velocity", at_one=0.25
     ),
     "consistency and self": dict(lambda_consistency=1.0, lambda_self=1.0),
+    "consistency and adv, shared": dict(lambda_consistency=1.0, lambda_adv=1.0, at_one=0.25),
+    "bi and adv, shared": dict(lambda_bi=1.0, lambda_adv=1.0, at_one=0.25),
     "bi": dict(lambda_bi=1.0),
     "adv": dict(lambda_adv=1.0),
+    "adv, pinned rows": dict(lambda_adv=1.0, at_one=0.25),
 }
 
 
@@ -776,7 +780,7 @@ def test_a_loss_of_weight_zero_costs_nothing(on, source, at_one):
     nets = {k: Counted(critic() if k == "disc" else mlp()) for k in ("teacher", "student", "target", "source", "disc")}
     follow = len({"consistency", "bi"} & set(on))
     own, adv, corr = source == "student", "adv" in on, "self" in on
-    shared = adv and corr and not own and pinned > 0  # the critic takes the pinned rows of the self-correction pass
+    shared = adv and pinned > 0 and (follow or corr) and not (corr and own)  # the critic takes the pinned rows
     one_step = adv and not shared or corr and own
     losses_of(nets, n, 0.5, p)
     assert nets["teacher"].rows == n * (follow > 0)
@@ -1173,14 +1177,14 @@ UPDATES |= {k: phase(**v, steps=2) for k, v in VARIANTS.items()}
 @pytest.mark.parametrize("name", UPDATES)
 def test_flops_of_an_update_are_those_counted(name):
     """Within 4% of torch's count of a real update: a first layer has no gradient to pass on, and R1 is left out."""
-    p, shape = scflow.replace(UPDATES[name], batch=4, r1=0.0), (4, 8, 8)
+    p, shape = scflow.replace(UPDATES[name], batch=8, r1=0.0), (4, 8, 8)
     net, disc = scramble(DiT(shape, 2, dim=64, depth=3, heads=2)), LatentDiscriminator(shape, width=16)
     latents = lambda n, g: (torch.randn(n, *shape, generator=g), None)  # noqa: E731
     run = next(distill(net, disc, latents, gen(), (phase(lambda_self=1.0, batch=1),)))
     run.source = getattr(run, p.self_source)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         scflow.distill_step(run, p, p.steps - 1, latents)
-    counted = counter.get_total_flops() / 4
+    counted = counter.get_total_flops() / 8
     assert abs(scflow.distill_flops(net, disc, p, p.steps - 1) / counted - 1) < 0.04
     if name == "faces paper 0":  # losses that are still off cost nothing
         assert scflow.distill_flops(net, disc, p, 0) < 0.8 * counted
@@ -1993,8 +1997,8 @@ def test_ablation_averages_over_data_sets_before_it_takes_deviations():
 def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, monkeypatch, capsys):
     """Three relatives for a hundredth of the time: costs, tables, figures; the same budget spent; cells read back."""
     monkeypatch.chdir(tmp_path)
-    module = toy_2d.relatives()
-    monkeypatch.setattr(toy_2d, "relatives", lambda: module)
+    module = toy_2d.notebook("06_relatives")
+    monkeypatch.setattr(toy_2d, "notebook", lambda stem: module)
     monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", HereAndNow)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     names = ["2-rectified flow", "BOOT", module.OURS]
@@ -2016,7 +2020,7 @@ def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, m
     assert abs(updates["2-rectified flow"] - share * (module.BUDGET - pairs)) <= 1
     boot = share * (module.TEACHER + (module.BUDGET - module.TEACHER) / cost["BOOT"])
     assert abs(updates["BOOT"] - boot) <= 1
-    assert updates[module.OURS] == share * module.TEACHER + 16  # of 1,600 in both phases
+    assert updates[module.OURS] == share * module.TEACHER + 12  # of 1,150 in both phases
     assert Path("results/bench.png").stat().st_size > 5000 and Path("results/bench-time.png").stat().st_size > 5000
     before = {p: p.stat().st_mtime_ns for p in Path("runs/bench").iterdir()}
     monkeypatch.setattr(module, "costs", lambda rounds: dict.fromkeys([*costs, *(f"{k}, naively" for k in costs)], 1.0))
@@ -2033,7 +2037,7 @@ def test_bench_of_an_unknown_method_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_bench_tries_at_most_twelve_settings_of_a_method():
     """The grid of each relative holds what its method is called with by default, or settings that it takes."""
-    module = toy_2d.relatives()
+    module = toy_2d.notebook("06_relatives")
     for method, (function, counts) in module.METHODS.items():
         trials, known = module.trials(method), inspect.signature(function).parameters
         assert len(trials) <= 12 and all(trial.keys() <= known.keys() for trial in trials)

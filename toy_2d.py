@@ -501,8 +501,8 @@ def evaluate(run, data, teacher, student):
     energy, generator = reference(run.dataset, run.samples), torch.Generator().manual_seed(2 * 10**6 + run.seed)
     noise = torch.randn(run.samples, 2, generator=generator)
     fresh, _ = data.sample(run.samples, generator)
-    mixture, few = isinstance(data, GaussianMixture), min(run.samples, 2000)  # the exact map costs 400 evaluations
-    truth = data.flow_map(noise[:few], torch.ones(few)) if mixture else None
+    mixture, few = isinstance(data, GaussianMixture), min(run.samples, 2000)  # the exact map costs 200 evaluations
+    truth = data.flow_map(noise[:few], torch.ones(few), 100) if mixture else None  # to 10⁻³
     counts, rows = sorted({int(n) for n in run.nfe.split(",")}), []
     for who, solver in LABELS:
         net = teacher if who == "teacher" else student
@@ -528,7 +528,7 @@ def path_error(net, mixture, seed, n=2000):
     generator = torch.Generator().manual_seed(3 * 10**6 + seed)
     x0, t = mixture.sample(n, generator)[0], torch.rand(n, generator=generator)
     xt = scflow.interpolate(x0, torch.randn(n, 2, generator=generator), t)
-    return scflow.rms_distance(scflow.predict_x0(net, xt, t), mixture.flow_map(xt, t))
+    return scflow.rms_distance(scflow.predict_x0(net, xt, t), mixture.flow_map(xt, t, 100))
 
 
 def plural(n, word):
@@ -783,7 +783,7 @@ class Pictures:
 
 
 # ═══ 6. Ablation ════════════════════════════════════════════════════════════════════════════
-# A row is a name, its flags, and the row it is compared with. All rows of "main" take about the same time.
+# A row is a name, its flags, and the row it is compared with. All rows of "main" but one take about the same time.
 
 MAIN = {
     "consistency": ("--preset consistency", ""),
@@ -800,7 +800,8 @@ MAIN = {
     "paper, λ_self 1": ("--preset paper --lambda-self 1", "consistency"),
     "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
     "paper, λ_self 3, x̂₀ of EMA": ("--preset paper --lambda-self 3 --self-source ema", "consistency"),
-    "two_phase": ("--preset two_phase", "paper, λ_self 1"),
+    "two_phase": ("--preset two_phase", "paper, λ_self 1"),  # the default, in less than half of the time
+    "two_phase, as long": ("--preset two_phase --student-steps 1720 260", "consistency, δ 0.02, lr 8e-3"),
 }
 SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at a time, as many updates
     f"{name} {value}": (f"--preset paper {flags.format(value)}", "paper")
@@ -817,28 +818,35 @@ SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at 
     )
     for value in values.split()
 }
+PHASE1 = "--preset consistency --lambda-adv 0.1 --delta 0.05 --at-one 0.125 --student-lr 8e-3"
 RECIPE = {  # one setting of this project's schedule at a time
     "two_phase": ("--preset two_phase", ""),
-    "phase 1 alone, as long": ("--preset consistency --lambda-adv 0.1 --student-steps 1450", "two_phase"),
+    "phase 1 alone, as long": (f"{PHASE1} --student-steps 1150", "two_phase"),
 } | {
     name: (f"--preset two_phase {flags}", "two_phase")
     for name, flags in {
-        "phase 1 of 300": "--student-steps 300 350",
-        "phase 1 of 600": "--student-steps 600 350",
-        "phase 1 of 2500": "--student-steps 2500 350",
-        "phase 2 of 90": "--student-steps 1250 90",
-        "phase 2 of 180": "--student-steps 1250 180",
-        "phase 2 of 700": "--student-steps 1250 700",
+        "phase 1 of 250": "--student-steps 250 150",
+        "phase 1 of 500": "--student-steps 500 150",
+        "phase 1 of 2000": "--student-steps 2000 150",
+        "phase 1 of 4000": "--student-steps 4000 150",
+        "phase 2 of 40": "--student-steps 1000 40",
+        "phase 2 of 75": "--student-steps 1000 75",
+        "phase 2 of 300": "--student-steps 1000 300",
+        "phase 1, δ 0.1": "--delta 0.1",
+        "phase 1, lr 4e-3": "--student-lr 4e-3 8e-3",
         "phase 1, τ 0.4": "--tau 0.4 0",
         "phase 1, λ_bi 0.1": "--lambda-bi 0.1 0",
         "phase 1, λ_self 0.1": "--lambda-self 0.1 1 --self-source student frozen",
+        "phase 1, λ_adv 0": "--lambda-adv 0 0.02",
+        "phase 1, none at t = 1": "--at-one 0 0.25",  # the critic's rows are a pass of their own
         "phase 2, λ_adv 0": "--lambda-adv 0.1 0",
         "phase 2, λ_adv 0.1": "--lambda-adv 0.1",
+        "phase 2, lr 2e-3": "--student-lr 8e-3 2e-3",
         "phase 2, landing points": "--self-form x0",
-        "phase 2, none at t = 1": "--at-one 0",
+        "phase 2, none at t = 1": "--at-one 0.125 0",
         "phase 2, x̂₀ of the student": "--self-source student",
         "phase 2, x̂₀ of its average": "--self-source ema",
-        "phase 2, consistency kept": "--lambda-consistency 1",
+        "phase 2, consistency kept": "--lambda-consistency 1 --delta 0.05",
         "teacher exact": "--teacher exact",
     }.items()
 }
@@ -1060,57 +1068,75 @@ class Bench:
     shares: str = option("0.25,0.5,1", "parts of the default run's time that each method gets")
     samples: int = option(20000, "points in the evaluation")
     tune: bool = option(False, "all settings that were tried, instead of the chosen ones")
+    growth: bool = option(False, "instead, cost and quality by batch, width, dimension and modes (notebook 8)")
     rounds: int = option(20, "turns in which the cost of an update is measured")
     workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
     runs: str = option("runs/bench", "folder of the finished runs, which are read back")
     out: str = option("results/bench", "path of the results, without .csv, .md and .png")
 
 
-def relatives():
-    """Notebook 6 as a module: the other methods, the loop they share, and what they cost."""
-    path = Path(__file__).with_name("notebooks") / "06_relatives.py"
+def notebook(stem):
+    """The source of a notebook as a module."""
+    path = Path(__file__).with_name("notebooks") / f"{stem}.py"
     require(path.is_file(), f"bench runs {path}, which is not there: call it in a clone")
-    spec = importlib.util.spec_from_file_location("relatives", path)
+    spec = importlib.util.spec_from_file_location(stem, path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
 
-def bench_cell(path, cell):
-    """One method on one data set and seed, in a process of its own; a finished cell is read back."""
+def bench_cell(path, stem, cell):
+    """One run that a notebook defines, in a process of its own; a finished one is read back."""
     torch.set_num_threads(1)
     if not path.exists():
-        write_text(path, json.dumps(relatives().measure(**cell)))
-    return read_json(path, "rows", "share")
+        write_text(path, json.dumps(notebook(stem).measure(**cell)))
+    return read_json(path, "machine")
+
+
+def bench_cells(bench, stem, cells):
+    """`bench_cell` of many, side by side."""
+    slugs = ("-".join(re.findall(r"[\w.]+", " ".join(map(str, cell.values())))) for cell in cells)
+    paths = [Path(bench.runs, f"{stem}-{slug}.json") for slug in slugs]
+    for path in (Path(bench.out), paths[0]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(bench.workers, mp_context=get_context("spawn")) as pool:
+        done = pool.map(bench_cell, paths, itertools.repeat(stem), cells)
+        return list(tqdm(done, total=len(cells), desc="runs"))
 
 
 def bench_command(argv):
-    """Our update against a naive one, and our student against the method's relatives at equal time."""
+    """Our update against a naive one, and our student against the method's relatives at equal time; or its growth."""
     bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
-    module, shares = relatives(), sorted(map(float, bench.shares.split(",")))
+    seeds, shares = (sorted(map(kind, text.split(","))) for kind, text in ((int, bench.seeds), (float, bench.shares)))
+    command = f"`{shlex.join(['python', 'toy_2d.py', 'bench', *argv])}`"
+    if bench.growth:
+        module = notebook("08_growth")
+        cells = [dict(case, seed=seed, samples=bench.samples) for case in module.CASES for seed in seeds]
+        done = bench_cells(bench, "08_growth", [dict(cell, share=shares[-1]) for cell in cells])
+        write_csv(f"{bench.out}.csv", [row for metrics in done for row in module.records(metrics)])
+        write_text(f"{bench.out}.md", text := "\n".join([command, "", *module.growth_table(done), ""]))
+        drawing()
+        module.draw_growth(done).savefig(f"{bench.out}.png", dpi=80)
+        return print(text, f"{bench.out}.png", sep="\n")
+    module = notebook(source := "06_relatives")
     names = list(DATASETS) if bench.datasets == "all" else bench.datasets.split(",")
     chosen = list(module.METHODS) if bench.methods == "all" else bench.methods.split(",")
     for method in chosen:
         require(method in module.METHODS, f"no method {method!r}: there are {', '.join(module.METHODS)}")
-    methods = [(f"{k} {v}" if v else k, k, v) for k in chosen for v in (module.trials(k) if bench.tune else [{}])]
-    cells = []
-    for name, seed, share, (row, method, trial) in itertools.product(names, bench.seeds.split(","), shares, methods):
+    for name in names:
         dataset(name)  # complains before the first run starts
-        cell = dict(method=method, name=name, seed=int(seed), share=share, samples=bench.samples, **trial)
-        slug = "-".join(re.findall(r"[\w.]+", " ".join(map(str, cell.values()))))
-        cells.append((row, Path(bench.runs, f"{slug}.json"), cell))
-    for path in (Path(bench.out), Path(bench.runs, "cell")):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    methods = [(f"{k} {v}" if v else k, k, v) for k in chosen for v in (module.trials(k) if bench.tune else [{}])]
+    rows, cells = [], []
+    for name, seed, share, (row, method, trial) in itertools.product(names, seeds, shares, methods):
+        rows += [row]
+        cells += [dict(method=method, name=name, seed=seed, share=share, samples=bench.samples, **trial)]
     costs = [] if bench.tune else [*module.cost_table(bench.rounds), ""]
-    rows, paths, settings = zip(*cells)
-    with ProcessPoolExecutor(bench.workers, mp_context=get_context("spawn")) as pool:
-        done = list(zip(rows, tqdm(pool.map(bench_cell, paths, settings), total=len(cells), desc="runs")))
+    done = list(zip(rows, bench_cells(bench, source, cells)))
     rows = {row: ("", "" if bench.tune or row == module.OURS else module.OURS) for row, _, _ in methods}
     by_steps = Ablation(rows, [(k, m) for k, m in done if m["share"] == shares[-1]], "own")
     one_step = [(k, m | dict(rows=[dict(m["rows"][0], nfe=m["share"], gap=None)])) for k, m in done]
     by_time = Ablation(rows, one_step, "own")
     write_csv(f"{bench.out}.csv", by_steps.records)
     write_csv(f"{bench.out}-time.csv", by_time.records)
-    command = f"`{shlex.join(['python', 'toy_2d.py', 'bench', *argv])}`"
     legends = (
         "Energy distance ×10³ by evaluations of the network in sampling, and gap: RMS from one-step to last sample.",
         f"Energy distance ×10³ of one step, by training time: {shares} of the default run's.",
