@@ -2044,6 +2044,35 @@ def test_bench_tries_at_most_twelve_settings_of_a_method():
         assert counts[0] == 1
 
 
+def test_growth_changes_one_thing_at_a_time_and_repeats_no_run(tmp_path, monkeypatch):
+    """The default stands in every column it belongs to, a case of eight dimensions in its own; runs are read back."""
+    monkeypatch.chdir(tmp_path)
+    module = toy_2d.notebook("08_growth")
+    monkeypatch.setattr(toy_2d, "notebook", lambda stem: module)
+    monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", HereAndNow)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    assert all(sum(case[k] != v for k, v in module.DEFAULT.items()) <= 1 for case in module.CASES)
+    assert module.DEFAULT in module.CASES
+    grid = module.DEFAULT | dict(modes=9)
+    monkeypatch.setattr(module, "CASES", [module.DEFAULT, module.DEFAULT | dict(d=8), grid])
+    argv = ["bench", "--growth", "--seeds", "0,1", "--shares", "0.01", "--samples", "100", "--out", "new/growth"]
+    assert toy(*argv) == 0
+    rows = list(tables(Path("new/growth.md").read_text(encoding="utf-8")))
+    shown = [(row["what grows"], row["to"]) for row in rows]
+    defaults = [(module.TITLES[k], str(module.DEFAULT[k])) for k in ("rows", "width", "d")]
+    assert shown == [*defaults, (module.TITLES["d"], "8"), (module.TITLES["modes"], "9")]
+    assert all("±" in row[k] for row in rows for k in ("floor", "teacher 50", "1", "8", "map error"))
+    with open("new/growth.csv", newline="") as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 3 * 2 * 6 and {(r["d"], r["modes"]) for r in records} == {("2", "8"), ("8", "8"), ("2", "9")}
+    last = [r for r in records if (r["who"], r["nfe"]) == ("student", "8")]
+    plane = [float(r["energy"]) for r in last if (r["d"], r["modes"]) == ("2", "8")]
+    assert rows[0]["8"].startswith(f"{1e3 * np.mean(plane):.2f} ±")
+    before = {p: p.stat().st_mtime_ns for p in Path("runs/bench").iterdir()}
+    assert len(before) == 6 and Path("new/growth.png").stat().st_size > 5000
+    assert toy(*argv) == 0 and {p: p.stat().st_mtime_ns for p in Path("runs/bench").iterdir()} == before
+
+
 # ═══ celeba_latent.py: pictures and autoencoders ════════════════════════════════════════════
 
 TINY = (dict(dim=16, depth=1, heads=2), dict(teacher_steps=12, teacher_batch=16, teacher_lr=1e-3))

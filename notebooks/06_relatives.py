@@ -480,13 +480,23 @@ def mean_flowed(lab, jumping=0.25, power=0.5, lr=4e-3):
     return jumps(lab.fit(TwoTimes(), mean_flow(jumping, power), "MeanFlow", lr=lr))
 
 
-def self_corrected(lab, schedule="two_phase"):
-    """This project's schedule, or the paper's losses together, by the module itself."""
-    teacher, phases = lab.teacher(), scflow.SCHEDULES[schedule]
-    phases = scflow.rescale(phases, round(lab.share * sum(phase.steps for phase in phases)))
+def self_corrected(lab, phases):
+    """{phase: its name in `COST`}, by the module itself, for as many updates as the budget holds."""
+    teacher, cost = lab.teacher(), sum(phase.steps * COST[name] for phase, name in phases.items())
+    phases = scflow.rescale(tuple(phases), lab.left / cost * sum(phase.steps for phase in phases))
     *_, run = scflow.distill(teacher, scflow.PointDiscriminator(), lab.batch, lab.generator, phases)
     lab.updates += run.step
     return euler(run.ema)
+
+
+def jointly(lab, weight=1.0, tau=0.4, lr=4e-3):
+    (phase,) = scflow.SCHEDULES["paper"]
+    return self_corrected(lab, {replace(phase, lambda_self=weight, tau=tau, lr=lr): "paper"})
+
+
+def in_turn(lab, window=0.05, lr=8e-3, at_one=0.5):
+    first, last = replace(FIRST, delta=window, lr=lr), replace(LAST, at_one=at_one)
+    return self_corrected(lab, {first: "phase 1", last: "phase 2"})
 
 
 METHODS = {  # and the numbers of steps it can take
@@ -502,7 +512,8 @@ METHODS = {  # and the numbers of steps it can take
     "shortcut": (halved, (1, 2, 4, 8)),
     "flow map matching": (mapped, (1, 2, 4, 8)),
     "MeanFlow": (mean_flowed, (1, 2, 4, 8)),
-    (OURS := "two_phase (ours)"): (self_corrected, (1, 2, 4, 8)),
+    "self-corrected, jointly": (jointly, (1, 2, 4, 8)),
+    (OURS := "two_phase (ours)"): (in_turn, (1, 2, 4, 8)),
 }
 
 
@@ -519,12 +530,14 @@ TRIALS = {  # for `python toy_2d.py bench --tune`
     "shortcut": dict(jumping=(0.125, 0.25, 0.5), halvings=(4, 6), lr=(2e-3, 4e-3)),
     "flow map matching": dict(diagonal=(0.1, 0.25, 0.5, 0.75), lr=(2e-3, 4e-3, 8e-3)),
     "MeanFlow": dict(jumping=(0.25, 0.5, 0.75), power=(0.0, 0.5), lr=(2e-3, 4e-3)),
+    "self-corrected, jointly": dict(weight=(0.1, 0.3, 1.0), tau=(0.0, 0.4), lr=(4e-3, 8e-3)),
+    OURS: dict(window=(0.02, 0.05, 0.1), lr=(4e-3, 8e-3), at_one=(0.25, 0.5)),
 }
 
 
 def trials(method):
     """The settings of a method that were tried, at most twelve."""
-    grid = TRIALS.get(method, {})  # ours is tuned by `ablate`, in as many trials
+    grid = TRIALS[method]
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
