@@ -2011,6 +2011,8 @@ def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, m
     assert rows[1]["1"] and not rows[1]["2"] and set(rows[3]) == {"data set (noise floor)", "row", "0.005", "0.01"}
     assert rows[0]["1"] == rows[3]["0.01"]  # one step with all of the time
     costs = {row["loss"]: row for row in tables(text) if "loss" in row}
+    effort = {row["method"]: row for row in tables(text) if "method" in row}
+    assert list(effort) == names and all(float(row["evaluations"]) > 0 for row in effort.values())
     assert costs.keys() == module.COST.keys() - {"one million evaluations"}
     assert all(float(costs[name][k]) > 0 for name in module.PHASES for k in ("ms", "naively / ours", "floor / ours"))
     with open("results/bench.csv", newline="") as file:
@@ -2021,6 +2023,7 @@ def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, m
     boot = share * (module.TEACHER + (module.BUDGET - module.TEACHER) / cost["BOOT"])
     assert abs(updates["BOOT"] - boot) <= 1
     assert updates[module.OURS] == share * module.TEACHER + 12  # of 1,150 in both phases
+    assert {k: int(row["updates"]) for k, row in effort.items()} == updates
     assert Path("results/bench.png").stat().st_size > 5000 and Path("results/bench-time.png").stat().st_size > 5000
     before = {p: p.stat().st_mtime_ns for p in Path("runs/bench").iterdir()}
     monkeypatch.setattr(module, "costs", lambda rounds: dict.fromkeys([*costs, *(f"{k}, naively" for k in costs)], 1.0))

@@ -828,7 +828,6 @@ RECIPE = {  # one setting of this project's schedule at a time
         "phase 1 of 250": "--student-steps 250 150",
         "phase 1 of 500": "--student-steps 500 150",
         "phase 1 of 2000": "--student-steps 2000 150",
-        "phase 1 of 4000": "--student-steps 4000 150",
         "phase 2 of 40": "--student-steps 1000 40",
         "phase 2 of 75": "--student-steps 1000 75",
         "phase 2 of 300": "--student-steps 1000 300",
@@ -1141,8 +1140,8 @@ def bench_command(argv):
         "Energy distance ×10³ by evaluations of the network in sampling, and gap: RMS from one-step to last sample.",
         f"Energy distance ×10³ of one step, by training time: {shares} of the default run's.",
     )
-    lines = [command, "", *costs, legends[0], *by_steps.table(bench), "", *by_steps.tests(), ""]
-    lines += [legends[1], *by_time.table(bench), ""]
+    lines = [command, "", *costs, *module.effort_table([(k, m) for k, m in done if m["share"] == shares[-1]]), ""]
+    lines += [legends[0], *by_steps.table(bench), "", *by_steps.tests(), "", legends[1], *by_time.table(bench), ""]
     write_text(f"{bench.out}.md", text := "\n".join(lines))
     print(text, *by_steps.draw(bench.out), *by_time.draw(f"{bench.out}-time", "{:g} of the time".format), sep="\n")
 

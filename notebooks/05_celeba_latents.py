@@ -136,9 +136,8 @@ def batch(n, generator):
 settings = scflow.TeacherSettings(teacher_steps=600, teacher_batch=64, teacher_lr=1e-3)
 *_, run = scflow.train_teacher(net, batch, generator, settings)
 teacher = run.ema
-first, last = scflow.SCHEDULES["two_phase"]
-first = replace(first, steps=300, batch=32, lr=1e-3, lr_disc=2e-4, lambda_adv=0.01)  # the critic is stronger here
-last = replace(last, steps=100, batch=64, lr=5e-4, lr_disc=2e-4, lambda_adv=0.01)
+first, last = celeba_latent.SCHEDULES["two_phase"]  # the toy's with a weaker critic and a wider window
+first, last = replace(first, steps=300), replace(last, steps=100)  # shortened: this is a lecture
 critic = scflow.LatentDiscriminator(shape, width=32)
 *_, run = scflow.distill(teacher, critic, batch, generator, (first, last))
 student = run.ema

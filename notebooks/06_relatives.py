@@ -323,7 +323,7 @@ COST = {
     "generated pairs": 1.55,
     "velocity consistency": 1.4,
     "BOOT": 2.35,
-    "shortcut": 1.4,
+    "shortcut": 1.55,
     "flow map matching": 3.5,
     "MeanFlow": 2.6,
     "phase 1": 2.3,
@@ -418,65 +418,66 @@ def jumps(net):
 
 
 # %% [markdown]
-# One function for each method: from a lab to a sampler. Its settings are first guesses; `TRIALS` below holds the grids
-# in which `python toy_2d.py bench --tune` looks for better ones.
+# One function for each method: from a lab to a sampler. Its settings are the best of those in `TRIALS` below, at most
+# twelve each, on eight Gaussians and the checkerboard in a quarter of the time, by the mean over the steps it can take
+# (`results/relatives-tuning.md`, written by `python toy_2d.py bench --tune`).
 
 
 # %%
-def plain(lab, lr=4e-3):
+def plain(lab, lr=8e-3):
     return euler(lab.fit(scflow.MLP(), flow_matching, "flow matching", lr=lr))
 
 
-def contrasted(lab, weight=0.05, lr=4e-3):
+def contrasted(lab, weight=0.1, lr=2e-3):
     return euler(lab.fit(scflow.MLP(), contrastive(weight), "contrastive", lr=lr))
 
 
-def rectified(lab, count=50_000, steps=10, at_one=0.25, lr=4e-3):
+def rectified(lab, count=50_000, steps=10, at_one=0.5, lr=4e-3):
     teacher = lab.teacher()
     draw = lab.pairs(teacher, count, steps)
     return euler(lab.fit(trained_copy(teacher), flow_matching, "flow matching", draw=draw, at_one=at_one, lr=lr))
 
 
-def regressed(lab, count=50_000, steps=10, lr=4e-3):
+def regressed(lab, count=50_000, steps=20, lr=8e-3):
     teacher = lab.teacher()
     draw = lab.pairs(teacher, count, steps)
     return euler(lab.fit(trained_copy(teacher), paired, "paired", draw=draw, lr=lr))
 
 
-def distilled(lab, window=0.05, lr=4e-3):
+def distilled(lab, window=0.05, lr=2e-3):
     teacher = lab.teacher()
     loss = consistency_distillation(teacher, window)
     return renoising(lab.fit(trained_copy(teacher), loss, "consistency distillation", lr=lr))
 
 
-def consistent(lab, window=0.05, lr=4e-3):
+def consistent(lab, window=0.05, lr=8e-3):
     return renoising(lab.fit(scflow.MLP(), consistency_training(window), "consistency training", lr=lr))
 
 
-def generated(lab, window=0.05, generated=0.5, lr=4e-3):
+def generated(lab, window=0.05, generated=0.25, lr=4e-3):
     return renoising(lab.fit(scflow.MLP(), consistency_training(window, generated), "generated pairs", lr=lr))
 
 
-def consistent_velocity(lab, window=0.05, weight=0.1, lr=4e-3):
+def consistent_velocity(lab, window=0.1, weight=0.1, lr=4e-3):
     return euler(lab.fit(scflow.MLP(), velocity_consistency(window, weight), "velocity consistency", lr=lr))
 
 
-def bootstrapped(lab, window=0.1, weight=1.0, lr=4e-3):
+def bootstrapped(lab, window=0.1, weight=0.3, lr=4e-3):
     loss, teacher = boot, lab.teacher()
     net = lab.fit(scflow.MLP(), loss(teacher, window, weight), "BOOT", lr=lr)
     return lambda noise, steps: noise - net(noise, torch.full((len(noise),), 1e-2)).detach()
 
 
-def halved(lab, jumping=0.25, halvings=6, lr=4e-3):
+def halved(lab, jumping=0.5, halvings=6, lr=4e-3):
     return jumps(lab.fit(TwoTimes(), shortcut(jumping, halvings), "shortcut", lr=lr))
 
 
-def mapped(lab, diagonal=0.25, lr=4e-3):
+def mapped(lab, diagonal=0.25, lr=8e-3):
     teacher = lab.teacher()
     return jumps(lab.fit(TwoTimes(), flow_map_matching(teacher, diagonal), "flow map matching", lr=lr))
 
 
-def mean_flowed(lab, jumping=0.25, power=0.5, lr=4e-3):
+def mean_flowed(lab, jumping=0.75, power=0.0, lr=4e-3):
     return jumps(lab.fit(TwoTimes(), mean_flow(jumping, power), "MeanFlow", lr=lr))
 
 
@@ -489,14 +490,18 @@ def self_corrected(lab, phases):
     return euler(run.ema)
 
 
-def jointly(lab, weight=1.0, tau=0.4, lr=4e-3):
+def jointly(lab, weight=0.3, tau=0.4, lr=8e-3):
     (phase,) = scflow.SCHEDULES["paper"]
     return self_corrected(lab, {replace(phase, lambda_self=weight, tau=tau, lr=lr): "paper"})
 
 
-def in_turn(lab, window=0.05, lr=8e-3, at_one=0.5):
+def in_turn(lab, window=0.1, lr=8e-3, at_one=0.5):
     first, last = replace(FIRST, delta=window, lr=lr), replace(LAST, at_one=at_one)
     return self_corrected(lab, {first: "phase 1", last: "phase 2"})
+
+
+def by_default(lab):
+    return self_corrected(lab, {FIRST: "phase 1", LAST: "phase 2"})
 
 
 METHODS = {  # and the numbers of steps it can take
@@ -514,6 +519,7 @@ METHODS = {  # and the numbers of steps it can take
     "MeanFlow": (mean_flowed, (1, 2, 4, 8)),
     "self-corrected, jointly": (jointly, (1, 2, 4, 8)),
     (OURS := "two_phase (ours)"): (in_turn, (1, 2, 4, 8)),
+    "two_phase, the default": (by_default, (1, 2, 4, 8)),  # chosen in as many trials, but of full length
 }
 
 
@@ -537,8 +543,8 @@ TRIALS = {  # for `python toy_2d.py bench --tune`
 
 def trials(method):
     """The settings of a method that were tried, at most twelve."""
-    grid = TRIALS[method]
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    grid = TRIALS.get(method, {})
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values()) if grid]
 
 
 def measure(method, name, seed=0, share=1.0, samples=20_000, **settings):
@@ -588,9 +594,9 @@ def costs(rounds=10, updates=10):
         "BOOT": boot(teacher, 0.1, 1.0),
     }
     two_times = {
-        "shortcut": shortcut(0.25),
+        "shortcut": shortcut(0.5),
         "flow map matching": flow_map_matching(teacher, 0.25),
-        "MeanFlow": mean_flow(0.25, 0.5),
+        "MeanFlow": mean_flow(0.75, 0.0),
     }
     loops = {name: lab.train(scflow.MLP(), loss, 10**6) for name, loss in one_time.items()}
     loops |= {name: lab.train(TwoTimes(), loss, 10**6) for name, loss in two_times.items()}
@@ -622,6 +628,16 @@ def cost_table(rounds=10):
             floor = f"{512e3 * flops[name] / rate / ms:.2f}" if name in flops else ""
             ratio = ms / milliseconds["flow matching"]
             yield f"| {name} | {ms:.2f} | {ratio:.2f} | {counted:.2f} | {slow} | {floor} |"
+
+
+def effort_table(done):
+    """What [(method, its `measure`)] took, as lines of Markdown."""
+    yield "What a run took: updates; evaluations of the network for one row, in millions; seconds of one busy core."
+    yield from ["", "| method | updates | evaluations | s |", "|---" * 4 + "|"]
+    for method in dict(done):
+        rows = [metrics["rows"][0] for name, metrics in done if name == method]
+        median = {k: sorted(r[k] for r in rows)[len(rows) // 2] for k in ("updates", "evaluations", "seconds")}
+        yield f"| {method} | {median['updates']} | {median['evaluations'] / 1e6:.3g} | {median['seconds']:.1f} |"
 
 
 # %% [markdown]
