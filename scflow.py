@@ -675,10 +675,9 @@ def ema_update(average, net, decay):
     """average ← decay·average + (1−decay)·net, buffers included; bitwise `net` at decay 0, untouched at 1."""
     if decay == 1:
         return
-    ours, theirs = list(average.state_dict().values()), list(net.state_dict().values())
-    floats = [i for i, a in enumerate(ours) if a.is_floating_point()]
-    torch._foreach_lerp_([ours[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
-    for a, b in zip(ours, theirs):
+    pairs = list(zip(*([*n.parameters(), *n.buffers()] for n in (average, net))))
+    torch._foreach_lerp_(*zip(*(pair for pair in pairs if pair[0].is_floating_point())), 1 - decay)
+    for a, b in pairs:
         if not a.is_floating_point():  # counters and the like cannot be averaged
             a.copy_(b)
 

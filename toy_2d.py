@@ -1151,9 +1151,11 @@ def train_command(argv):
     folder, metrics = train(run, settings, schedule)
     if not run.quiet:
         print(f"\n{run.dataset}, seed {run.seed}, schedule {run.preset!r}, {run.samples} samples\n{table(metrics)}\n")
-        print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in metrics["seconds"].items()))
+    clock = time.perf_counter()
     figures = Pictures(folder).draw(run.figures, run.gif) if run.gif or run.figures != "none" else []
     if not run.quiet:
+        seconds = metrics["seconds"] | {"figures": time.perf_counter() - clock}
+        print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
         print("files:   " + ", ".join(map(str, [folder / "student.pt", folder / "metrics.json", *figures])))
 
 
