@@ -131,8 +131,8 @@ def measure(rows=512, width=128, d=2, modes=8, seed=0, share=1.0, samples=5000):
 
 
 AXES = {  # what grows, and through which values; the rest stays at the default
-    "rows": (256, 512, 1024, 2048),
-    "width": (64, 128, 256, 512),
+    "rows": (128, 256, 512, 1024),
+    "width": (32, 64, 128, 256),
     "d": (2, 8, 32),
     "modes": (9, 25, 49, 81),
 }
