@@ -829,12 +829,9 @@ RECIPE = {  # one setting of this project's schedule at a time
         "phase 1 of 2000": "--student-steps 2000 150",
         "phase 2 of 75": "--student-steps 1000 75",
         "phase 2 of 300": "--student-steps 1000 300",
-        "phase 1, δ 0.1": "--delta 0.1",
         "phase 1, τ 0.4": "--tau 0.4 0",
-        "phase 1, λ_bi 0.1": "--lambda-bi 0.1 0",
         "phase 1, λ_adv 0": "--lambda-adv 0 0.02",
         "phase 1, none at t = 1": "--at-one 0 0.5",  # the critic's rows are a pass of their own
-        "phase 2, λ_adv 0": "--lambda-adv 0.1 0",
         "phase 2, landing points": "--self-form x0",
         "phase 2, none at t = 1": "--at-one 0.125 0",
         "phase 2, x̂₀ of the student": "--self-source student",

@@ -401,7 +401,8 @@ def euler(net):
 
 def renoising(net):
     """Consistency models take more steps by going back to noise."""
-    return lambda noise, steps: scflow.sample(net, noise, steps, "renoise", generator=torch.Generator().manual_seed(1))
+    fresh = torch.Generator()  # its seed must not be one that the noise may come from
+    return lambda noise, steps: scflow.sample(net, noise, steps, "renoise", generator=fresh.manual_seed(3 * 10**6))
 
 
 def jumps(net):
