@@ -672,18 +672,21 @@ if __name__ == "__main__":
     plt.show()
 
 # %% [markdown]
-# *What to see. In so short a time the two rows that learn from a teacher's pairs are ahead in one step: in the plane
-# fifty thousand pairs cost as much as five hundred updates, and a straight target is easy. (On pictures a pair costs
-# dozens of passes of a large network; and the pairs keep the teacher's error, for only a critic sees the data again.)
-# In four steps consistency training, which goes back to noise in between, is within the floor. Contrastive flow
-# matching differs little from flow matching, as the exercise says. MeanFlow and flow map matching pay for a
-# derivative in every update.*
+# *What to see. In so short a time the two rows that learn from a teacher's pairs are ahead in one and two steps: in the
+# plane fifty thousand pairs cost as much as five hundred updates, and a straight target is easy. (On pictures a pair
+# costs dozens of passes of a large network; and the pairs keep the teacher's error, for only a critic sees the data
+# again.) In four and eight steps consistency training leads, which goes back to noise in between. Contrastive flow
+# matching differs little from flow matching, as the exercise says. MeanFlow and flow map matching pay for a derivative
+# in every update. The self-corrected rows are last to arrive: 170 updates are few for a first phase. With all of the
+# time (`results/bench.md`) the last two rows are second only to the pairs.*
 
 # %%
 if __name__ == "__main__":
     one_step = {method: metrics["rows"][0]["energy"] for method, metrics in found.items()}
     assert set(sorted(one_step, key=one_step.get)[:2]) == {"2-rectified flow", "paired regression"}
-    assert found["consistency training"]["rows"][2]["energy"] < floor / 1e3  # four steps
+    many = {method: [row["energy"] for row in metrics["rows"][2:]] for method, metrics in found.items()}
+    best = [min((v[i], method) for method, v in many.items() if v)[1] for i in (0, 1)]
+    assert best == 2 * ["consistency training"]  # four and eight steps
 
 # %% [markdown]
 # **Exercise.** A large network spends its time in passes: three for each row of an update, one for each evaluation of a
