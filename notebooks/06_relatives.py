@@ -678,7 +678,8 @@ if __name__ == "__main__":
 # again.) In four and eight steps consistency training leads, which goes back to noise in between. Contrastive flow
 # matching differs little from flow matching, as the exercise says. MeanFlow and flow map matching pay for a derivative
 # in every update. The self-corrected rows are last to arrive: 170 updates are few for a first phase. With all of the
-# time (`results/bench.md`) the last two rows are second only to the pairs.*
+# time (`results/bench.md`) the last two rows are second only to the pairs in one and two steps, and in eight also to
+# shortcut models.*
 
 # %%
 if __name__ == "__main__":

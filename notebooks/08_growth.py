@@ -230,8 +230,8 @@ def draw_growth(results):
 # %% [markdown]
 # ## All of it, in small
 #
-# `python toy_2d.py bench --growth --out results/growth` runs every case on three seeds. Here a third of the updates and
-# one seed, of the dimensions and two batches.
+# `python toy_2d.py bench --growth --samples 5000 --out results/growth` runs every case on three seeds. Here a third of
+# the updates and one seed, of the dimensions and two batches.
 
 # %%
 if __name__ == "__main__":
@@ -250,7 +250,7 @@ if __name__ == "__main__":
     ax.set_xticks(list(runs), list(runs))
     ax.set_yticks([0, 1, 10, 100], [0, 1, 10, 100])
     ax.minorticks_off()
-    ax.set(xlabel="dimensions", ylabel="energy distance × 10³")
+    ax.set(xlabel="dimensions", ylabel="energy distance × 10³", ylim=(-0.5, 400))
     ax.legend(frameon=False)
     plt.tight_layout()
     plt.show()
