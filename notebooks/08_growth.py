@@ -222,6 +222,8 @@ def draw_growth(results):
     ticks = [0, 1, 10, 100]
     axes[0, 0].set_yticks(ticks, ticks)
     axes[0, 0].set(ylabel="energy distance × 10³", ylim=(-0.5, None))
+    axes[1, 0].set_yticks([10, 20, 40], [10, 20, 40])
+    axes[1, 0].minorticks_off()
     axes[1, 0].set(ylabel="CPU seconds")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return fig
