@@ -1055,7 +1055,7 @@ class Bench:
     methods: str = option("all", "methods by their names in notebook 6")
     datasets: str = option("8gaussians,25gaussians,checkerboard,spirals", "data sets, or all")
     seeds: str = option("0,1,2", "seeds")
-    shares: str = option("0.25,0.5,1", "parts of the default run's time that each method gets")
+    shares: str = option("0.25,1", "parts of the default run's time that each method gets")
     samples: int = option(20000, "points in the evaluation")
     tune: bool = option(False, "all settings that were tried, instead of the chosen ones")
     growth: bool = option(False, "instead, cost and quality by batch, width, dimension and modes (notebook 8)")

@@ -644,7 +644,7 @@ def effort_table(done):
 # %% [markdown]
 # ## All of them
 #
-# `python toy_2d.py bench` compares them on four data sets and three seeds, with a quarter, half and all of the budget.
+# `python toy_2d.py bench` compares them on four data sets and three seeds, with a quarter and all of the budget.
 # Here a sixth of it, on one data set.
 
 # %%
