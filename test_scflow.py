@@ -3087,6 +3087,11 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
             toy_2d.configure(shlex.split(f"{flags} {settings.flags}"))
         argv += ["--samples", "100", "--flags", "--teacher-steps 2 --student-steps 4", "--seeds", "0,1"]
         argv += ["--datasets", "moons", "--rows", *list(toy_2d.chosen_rows(settings.rows))[:2]]
+    elif argv[:1] == ["bench"]:
+        monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", HereAndNow)
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+        argv += ["--samples", "100", "--shares", "0.01", "--seeds", "0", "--rounds", "1"]
+        argv += ["--methods", "BOOT", "--datasets", "moons"]
     elif argv[:1] != ["plot"]:
         argv += SHORT
     assert toy(*argv) == 0
