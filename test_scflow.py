@@ -3090,7 +3090,7 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
     elif argv[:1] == ["bench"]:
         monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", HereAndNow)
         monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-        argv += ["--samples", "100", "--shares", "0.01", "--seeds", "0", "--rounds", "1"]
+        argv += ["--samples", "200", "--shares", "0.01", "--seeds", "0", "--rounds", "1"]
         argv += ["--methods", "BOOT", "--datasets", "moons"]
     elif argv[:1] != ["plot"]:
         argv += SHORT
