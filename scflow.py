@@ -614,9 +614,9 @@ def distill_losses(nets, x0, x1, t, phase, weights, generator=None, cond=None):
     own_source = phase.self_source == "student"
     pinned = phase.pinned(len(t))
     # Rows pinned at t = 1 are one-step samples, and serve the critic, unless the student needs x̂₀ of every row.
-    alone = not terms and weights["self"] == 0
-    shared = weights["adv"] > 0 and pinned > 0 and not alone and not (weights["self"] > 0 and own_source)
-    one_step = (weights["adv"] > 0 and not shared) or (weights["self"] > 0 and own_source)
+    every_row, others = weights["self"] > 0 and own_source, len(terms) + weights["self"] > 0
+    shared = weights["adv"] > 0 and pinned > 0 and others and not every_row
+    one_step = (weights["adv"] > 0 and not shared) or every_row
 
     if terms:  # targets: what θ⁻ says at the neighbours s < t and u > t on the teacher's path
         distance, xt = DISTANCES[phase.distance], interpolate(x0, x1, t)
@@ -652,7 +652,7 @@ def distill_losses(nets, x0, x1, t, phase, weights, generator=None, cond=None):
         pair = (f_hat, x0_fix) if phase.self_form == "x0" else (v_hat, x1 - x0_fix)
         losses["self"] = self_correction_loss(*pair)
     if weights["adv"] > 0:
-        fake = x0_hat if not shared else (f_hat if weights["self"] > 0 else f_t)[:pinned]
+        fake = (f_hat if weights["self"] > 0 else f_t)[:pinned] if shared else x0_hat
         losses["adv"] = adversarial_loss(nets.disc(fake, head(cond, len(fake))), phase.adversarial)
     return losses, fake
 
