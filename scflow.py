@@ -74,6 +74,12 @@ def rand_like(x, generator=None):
     return torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
+def require(condition, message):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 # ═══ 2. Sampling, with any velocity ═════════════════════════════════════════════════════════
 
 SOLVERS = ("euler", "heun", "renoise")
@@ -116,23 +122,67 @@ def sample(net, noise, steps=1, solver="euler", cond=None, *, start=1.0, beta=1.
     return (x, torch.stack(path)) if trajectory else x
 
 
-# ═══ 3. Ground truth: the Gaussian mixture ══════════════════════════════════════════════════
+# ═══ 3. Conditions and guidance ═════════════════════════════════════════════════════════════
+# A condition `cond` is a tensor of tokens (B,L): class labels, attributes, or the words of a sentence, from 1 on,
+# padded with 0. All zeros, or None, is unconditional.
+
+
+def refuse(cond):
+    """An unconditional network says so, rather than ignore the condition it is given."""
+    if cond is not None:
+        raise ValueError("this network is unconditional: call it with cond=None")
+
+
+def check_tokens(cond, shape, words):
+    """Raise ValueError unless a condition is a tensor of integers of that shape, from 0 to `words`."""
+    good = not cond.is_floating_point() and cond.shape == shape
+    require(good, f"a condition is whole numbers of shape {tuple(shape)}, not {cond.dtype} {tuple(cond.shape)}")
+    if cond.device.type == "cpu":  # a look at the values would keep a GPU waiting
+        low, high = cond.aminmax() if cond.numel() else (0, 0)
+        require(low >= 0 and high <= words, f"tokens lie between 0 and {words}, not between {low} and {high}")
+
+
+def guided(net, scale):
+    """Classifier-free guidance (Ho & Salimans, 2022): the velocity v(x,t) + w·(v(x,t,c) − v(x,t)), w = `scale`.
+
+    Both terms are one pass of 2B rows. w = 1 is the conditional velocity, w = 0 the unconditional one. At each t the
+    score of v is that of p_t(x)^(1−w)·p_t(x|c)^w; these are not the marginals of one flow, so that following v from
+    noise does not sample the tilted p₀. As a teacher it has no weights: give `distill` student=net as well.
+    """
+
+    def velocity(x, t, cond=None):
+        require(cond is not None, "guidance needs a condition")
+        given, free = net(*(torch.cat([a, a]) for a in (x, t)), torch.cat([cond, 0 * cond])).chunk(2)
+        return free + scale * (given - free)
+
+    return velocity
+
+
+def drop(cond, share, generator=None):
+    """The condition (B,L) with that share of its rows set to zero, so that a network learns to do without it."""
+    return cond * (torch.rand(len(cond), 1, generator=generator, device=cond.device) >= share)
+
+
+# ═══ 4. Ground truth: the Gaussian mixture ══════════════════════════════════════════════════
 
 
 class GaussianMixture(nn.Module):
     """Σ_k w_k N(μ_k, s²I) in d dimensions, with its exact density and velocity at every t.
 
-    It is called like a network, `mixture(x, t)`, and so can be a teacher.
+    It is called like a network, `mixture(x, t)`, and so can be a teacher. With a label from 1 on for each component,
+    `labels` (K,), there is the mixture of one label too, exact as well: a `cond` (B,1) names it, 0 and None are all.
     """
 
-    def __init__(self, means, std, weights=None):
+    def __init__(self, means, std, weights=None, labels=None):
         super().__init__()
         means = torch.as_tensor(means, dtype=torch.get_default_dtype())  # (K,d)
         weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
         self.register_buffer("means", means)
         self.register_buffer("weights", (weights / weights.sum()).to(means))  # (K,)
         self.std = float(std)
+        self.register_buffer("labels", None if labels is None else torch.as_tensor(labels))  # (K,)
         self.arch = dict(name="GaussianMixture", means=means.tolist(), std=self.std, weights=self.weights.tolist())
+        self.arch |= {} if labels is None else dict(labels=self.labels.tolist())
 
     def sample(self, n, generator=None, stratified=False):
         """Draw x₀ (n,d) and the component (n,) of each; stratified: every component its share."""
@@ -144,16 +194,21 @@ class GaussianMixture(nn.Module):
         x0 = self.means[k]
         return x0 + self.std * randn_like(x0, generator), k
 
-    def log_joint(self, x, t):
-        """log w_k N(x; (1−t)μ_k, σ_t²I), shape (B,K), with σ_t² = (1−t)²s² + t²."""
+    def log_joint(self, x, t, cond=None):
+        """log w_k N(x; (1−t)μ_k, σ_t²I), shape (B,K), with σ_t² = (1−t)²s² + t²; −∞ where the label is another."""
         var = ((1 - t) * self.std) ** 2 + t**2  # (B,)
         means = (1 - t)[:, None, None] * self.means  # (B,K,d)
         square = (x[:, None] - means).square().sum(-1)  # (B,K)
-        return self.weights.log() - square / (2 * var[:, None]) - x.shape[1] / 2 * (2 * math.pi * var[:, None]).log()
+        joint = self.weights.log() - square / (2 * var[:, None]) - x.shape[1] / 2 * (2 * math.pi * var[:, None]).log()
+        if cond is None:
+            return joint
+        refuse(cond if self.labels is None else None)
+        check_tokens(cond, (len(x), 1), self.labels.max())
+        return joint.where((cond == 0) | (cond == self.labels), -math.inf)
 
-    def log_density(self, x, t):
-        """log p_t(x), shape (B,)."""
-        return self.log_joint(x, t).logsumexp(1)
+    def log_density(self, x, t, cond=None):
+        """log p_t(x), shape (B,); with a label, log of p_t(x|c) but for a constant, its share of the weights."""
+        return self.log_joint(x, t, cond).logsumexp(1)
 
     def forward(self, x, t, cond=None):
         """The marginal velocity v*(x,t) = E[x₁ − x₀ | x_t = x], shape (B,d).
@@ -161,8 +216,7 @@ class GaussianMixture(nn.Module):
         With responsibilities γ_k and their mean μ̄ = Σ γ_k μ_k, the sum over components
         Σ γ_k [−μ_k + (t − (1−t)s²)/σ_t² · (x − (1−t)μ_k)] collapses to the line returned.
         """
-        refuse(cond)
-        mean = self.log_joint(x, t).softmax(1) @ self.means  # (B,d)
+        mean = self.log_joint(x, t, cond).softmax(1) @ self.means  # (B,d)
         t = t[:, None]
         var = ((1 - t) * self.std) ** 2 + t**2
         return ((t - (1 - t) * self.std**2) * x - t * mean) / var
@@ -172,24 +226,12 @@ class GaussianMixture(nn.Module):
         return sample(self, x, steps, "heun", start=t)
 
 
-def refuse(cond):
-    """An unconditional network says so, rather than ignore the condition it is given."""
-    if cond is not None:
-        raise ValueError("this network is unconditional: call it with cond=None")
-
-
-# ═══ 4. Settings ════════════════════════════════════════════════════════════════════════════
+# ═══ 5. Settings ════════════════════════════════════════════════════════════════════════════
 
 
 def option(default, text, **extra):
     """A dataclass field that carries its own help text (the scripts turn fields into flags)."""
     return field(default=default, metadata={"help": text, **extra})
-
-
-def require(condition, message):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -199,10 +241,12 @@ class TeacherSettings:
     teacher_steps: int = option(1500, "updates of the teacher")
     teacher_batch: int = option(512, "rows per update")
     teacher_lr: float = option(4e-3, "AdamW learning rate: 50 updates up, then a cosine down to 0")
+    teacher_drop: float = option(0.1, "share of rows that lose their condition, if there is one: guidance needs both")
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            require(value > 0, f"{name} must be positive, not {value}")
+            require(value > 0 or name == "teacher_drop", f"{name} must be positive, not {value}")
+        require(0 <= self.teacher_drop < 1, f"teacher_drop must lie in [0,1), and is {self.teacher_drop}")
 
 
 LOSSES = ("consistency", "adv", "self", "bi")
@@ -305,50 +349,92 @@ def rescale(schedule, steps):
     return tuple(replace(p, steps=max(1, round(p.steps * steps / total))) for p in schedule)
 
 
-# ═══ 5. Networks ════════════════════════════════════════════════════════════════════════════
+# ═══ 6. Networks ════════════════════════════════════════════════════════════════════════════
 # All are called `net(x, t, cond=None) -> v`, discriminators `disc(x, cond=None) -> (B,)`.
+
+
+class Condition(nn.Module):
+    """Tokens (B,L) → their vectors (B,L,dim), one for every word at every place, zero where there is none.
+
+    tokens  (L, number of words), or None for an unconditional network, which refuses a condition.
+    They are given as a list, which is empty for an unconditional network: what is not there costs nothing.
+    """
+
+    def __init__(self, tokens, dim, std=0.02):
+        super().__init__()
+        self.tokens = tokens and tuple(tokens)
+        if tokens:
+            length, words = tokens
+            self.table = nn.Embedding(1 + length * words, dim, padding_idx=0)
+            nn.init.normal_(self.table.weight[1:], std=std)
+            self.register_buffer("places", words * torch.arange(length), persistent=False)  # (L,)
+
+    def forward(self, cond, x):
+        """[(B,L,dim)] for the rows of `x`, or []. Raises ValueError for a wrong length and for unknown tokens."""
+        if not self.tokens:
+            refuse(cond)
+            return []
+        length, words = self.tokens
+        cond = torch.zeros(len(x), length, dtype=torch.int64, device=x.device) if cond is None else cond
+        check_tokens(cond, (len(x), length), words)
+        return [self.table((cond + self.places) * (cond > 0))]
 
 
 class MLP(nn.Module):
     """Velocity network for points (B,dim): a plain perceptron on Fourier features of x and t."""
 
-    def __init__(self, dim=2, width=128, depth=3, x_frequencies=3, t_frequencies=4):
+    def __init__(self, dim=2, width=128, depth=3, x_frequencies=3, t_frequencies=4, tokens=None):
         super().__init__()
         self.arch = dict(
             name="MLP", dim=dim, width=width, depth=depth, x_frequencies=x_frequencies, t_frequencies=t_frequencies
         )
+        self.arch |= dict(tokens=list(tokens)) if tokens else {}
         # Frequencies π/4·(1, 2, …) suit data of unit size: without them sharp edges are learned slowly.
         self.register_buffer("x_freqs", math.pi / 4 * 2.0 ** torch.arange(x_frequencies), persistent=False)
         self.register_buffer("t_freqs", math.pi / 2 * torch.arange(1.0, t_frequencies + 1), persistent=False)
-        sizes = [dim * (1 + 2 * x_frequencies) + 2 * t_frequencies] + [width] * depth
+        self.words = Condition(tokens, width)
+        sizes = [dim * (1 + 2 * x_frequencies) + 2 * t_frequencies + width * bool(tokens)] + [width] * depth
         layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def forward(self, x, t, cond=None):
         """Velocity (B,dim) at points (B,dim) and times (B,)."""
-        refuse(cond)
         a, b = (x[..., None] * self.x_freqs).flatten(1), t[:, None] * self.t_freqs
-        return self.layers(torch.cat([x, a.sin(), a.cos(), b.sin(), b.cos()], 1))
+        words = [e.sum(1) for e in self.words(cond, x)]
+        return self.layers(torch.cat([x, a.sin(), a.cos(), b.sin(), b.cos(), *words], 1))
 
     def flops(self):
         """Multiply-adds of one forward pass of one row, counted twice each."""
         return sum(2 * m.in_features * m.out_features for m in self.layers if isinstance(m, nn.Linear))
 
 
+def projected(logits, features, embeddings):
+    """A critic's logits (B,) plus features · embedding of the condition (the projection of Miyato & Koyama, 2018).
+
+    For words that x determines each on its own, log p(c|x) is such a sum over the words.
+    """
+    return sum(((features * e.sum(1)).sum(1) for e in embeddings), start=logits)
+
+
 class PointDiscriminator(nn.Module):
     """Critic for points (B,dim): a plain perceptron, one logit each. Kinks let it follow the edges of the data."""
 
-    def __init__(self, dim=2, width=64, depth=3):
+    def __init__(self, dim=2, width=64, depth=3, tokens=None):
         super().__init__()
         self.arch = dict(name="PointDiscriminator", dim=dim, width=width, depth=depth)
+        self.arch |= dict(tokens=list(tokens)) if tokens else {}
+        self.words = Condition(tokens, width)
         sizes = [dim] + [width] * depth
         layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.LeakyReLU(0.2))]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, x, cond=None):
         """Logits (B,), large for data."""
-        refuse(cond)
-        return self.layers(x)[:, 0]
+        *hidden, head = self.layers
+        h = x
+        for layer in hidden:
+            h = layer(h)
+        return projected(head(h)[:, 0], h, self.words(cond, x))
 
     flops = MLP.flops  # counted alike
 
@@ -434,12 +520,14 @@ class DiT(nn.Module):
 
     precision = torch.float32  # of the computation; torch.bfloat16 where the device is fast at it
 
-    def __init__(self, shape=(4, 32, 32), patch=2, dim=384, depth=12, heads=6, ratio=4):
+    def __init__(self, shape=(4, 32, 32), patch=2, dim=384, depth=12, heads=6, ratio=4, tokens=None):
         super().__init__()
         c, h, w = shape
         require(h % patch == 0 and w % patch == 0, f"patches of {patch} do not tile latents of {(h, w)}")
         require(dim % heads == 0 and dim % 4 == 0, f"dim {dim} must be a multiple of heads ({heads}) and of 4")
         self.arch = dict(name="DiT", shape=list(shape), patch=patch, dim=dim, depth=depth, heads=heads, ratio=ratio)
+        self.arch |= dict(tokens=list(tokens)) if tokens else {}
+        self.words = Condition(tokens, dim, 1.0)
         self.shape, self.patch = tuple(shape), patch
         self.embed = nn.Linear(patch * patch * c, dim)
         self.register_buffer("positions", sincos_positions(h // patch, w // patch, dim), persistent=False)
@@ -453,20 +541,22 @@ class DiT(nn.Module):
     @mixed_precision
     def forward(self, x, t, cond=None):
         """Velocity (B,C,H,W) at latents (B,C,H,W) and times (B,)."""
-        refuse(cond)
         require(x.shape[1:] == self.shape, f"this network takes latents {self.shape}, not {tuple(x.shape[1:])}")
         h = self.embed(patchify(x, self.patch)) + self.positions  # (B,N,D)
-        c = self.time(timestep_embedding(t, 256).to(x.dtype))  # (B,D)
+        c, words = self.time(timestep_embedding(t, 256).to(x.dtype)), self.words(cond, x)  # (B,D), [(B,L,D)]
+        h = torch.cat([h, *words], 1) if words else h  # words are tokens like patches
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, 1)
+        h = h[:, : len(self.positions)]
         return unpatchify(self.head(modulate(self.norm(h), shift, scale)), self.patch, *self.shape[1:])
 
     def flops(self):
         """Multiply-adds of one forward pass of one sample, counted twice each (norms and the like left out)."""
         a, d, n = self.arch, self.arch["dim"], len(self.positions)
         patches = 2 * 2 * n * self.embed.in_features * d  # in and out
-        tokens = 2 * n * (4 + 2 * a["ratio"]) * d * d + 2 * 2 * n * n * d  # projections, MLP; q·k and a·v
+        m = n + self.arch.get("tokens", [0])[0]
+        tokens = 2 * m * (4 + 2 * a["ratio"]) * d * d + 2 * 2 * m * m * d  # projections, MLP; q·k and a·v
         return patches + a["depth"] * (tokens + 2 * 6 * d * d) + 2 * (256 * d + d * d + 2 * d * d)
 
 
@@ -478,10 +568,11 @@ class LatentDiscriminator(nn.Module):
 
     precision = torch.float32  # as in DiT
 
-    def __init__(self, shape=(4, 32, 32), width=64):
+    def __init__(self, shape=(4, 32, 32), width=64, tokens=None):
         super().__init__()
         require(width % 8 == 0, f"width {width} must be a multiple of 8, the number of norm groups")
         self.arch = dict(name="LatentDiscriminator", shape=list(shape), width=width)
+        self.arch |= dict(tokens=list(tokens)) if tokens else {}
         c, h, w = shape
         self.stem, self.stages = nn.Conv2d(c, width, 3, padding=1), nn.ModuleList()
         while min(h, w) > 4:
@@ -490,15 +581,16 @@ class LatentDiscriminator(nn.Module):
             width, h, w = out, (h + 1) // 2, (w + 1) // 2
         # A mean over places would not know a mouth from a mouth on the forehead.
         self.last, self.head = DiscBlock(width, width), nn.Linear(width * h * w, 1)
+        self.words = Condition(tokens, width * h * w)
 
     @mixed_precision
     def forward(self, x, cond=None):
         """Logits (B,), large for data."""
-        refuse(cond)
         h = self.stem(x)
         for block, pool in self.stages:
             h = pool(block(h))
-        return self.head(F.leaky_relu(self.last(h), 0.2).flatten(1))[:, 0]
+        h = F.leaky_relu(self.last(h), 0.2).flatten(1)
+        return projected(self.head(h)[:, 0], h, self.words(cond, x))
 
     def flops(self):
         """Multiply-adds of the convolutions of one forward pass of one sample, counted twice each."""
@@ -539,7 +631,7 @@ def build(arch):
         raise ValueError(f"the architecture {arch} does not fit scflow.{arch['name']}: {error}") from None
 
 
-# ═══ 6. Losses ══════════════════════════════════════════════════════════════════════════════
+# ═══ 7. Losses ══════════════════════════════════════════════════════════════════════════════
 # One function per term. They take predictions and targets, never networks, and return a scalar.
 
 
@@ -667,7 +759,7 @@ def head(cond, n):
     return None if cond is None else cond[:n]
 
 
-# ═══ 7. Averages of the weights ═════════════════════════════════════════════════════════════
+# ═══ 8. Averages of the weights ═════════════════════════════════════════════════════════════
 
 
 @torch.no_grad()  # an average is updated by hand, never by an optimiser
@@ -690,7 +782,7 @@ def growing(step, decay):
     return min(decay, 1 - 50 / (50 + step))
 
 
-# ═══ 8. Training loops ══════════════════════════════════════════════════════════════════════
+# ═══ 9. Training loops ══════════════════════════════════════════════════════════════════════
 # Both are generators: they yield the State after each update, and leave printing, drawing and
 # saving to whoever iterates.
 
@@ -773,7 +865,7 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
         run.opt.param_groups[0]["lr"] = settings.teacher_lr * lr_factor(run.step, settings.teacher_steps)
         x0, cond = batch(settings.teacher_batch, generator)
         x1, t = randn_like(x0, generator), rand_like(x0.flatten(1)[:, 0], generator)
-        xt = interpolate(x0, x1, t)
+        xt, cond = interpolate(x0, x1, t), cond if cond is None else drop(cond, settings.teacher_drop, generator)
         v = net(xt, t, cond)
         loss = squared(v, oracle(xt, t, cond)) if oracle is not None else flow_matching_loss(v, x0, x1)
         run.record({"flow": loss})
@@ -818,7 +910,8 @@ def distill(
     if resume:
         run.load_state_dict(resume)
     for net in (run.teacher, student, target, frozen, disc) if prepare else ():
-        prepare(net)
+        if isinstance(net, nn.Module):
+            prepare(net)
     start = 0
     for phase in schedule:
         run.source = {"student": student, "ema": ema, "frozen": frozen}[phase.self_source]
@@ -904,7 +997,7 @@ def check_schedule(schedule):
     )
 
 
-# ═══ 9. Checkpoints ═════════════════════════════════════════════════════════════════════════
+# ═══ 10. Checkpoints ═════════════════════════════════════════════════════════════════════════
 
 FORMAT = "scflow-1"
 
@@ -960,7 +1053,7 @@ def load(path, net=None, device="cpu"):
     return net.to(device).eval().requires_grad_(False)
 
 
-# ═══ 10. Measures ═══════════════════════════════════════════════════════════════════════════
+# ═══ 11. Measures ═══════════════════════════════════════════════════════════════════════════
 
 
 def total_distance(x, rows=100):
