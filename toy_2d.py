@@ -147,12 +147,19 @@ DATASETS = {
 }
 
 
+def labelled():
+    """Three labels of three Gaussians each, on arms that start where the labels overlap."""
+    radius, arm = torch.tensor([0.6, 1.5, 2.4]).repeat(3), torch.arange(3).repeat_interleave(3)
+    return GaussianMixture(polar(radius, 2 * math.pi / 3 * arm + 0.35 * radius), 0.35, labels=1 + arm)
+
+
 def dataset(name):
     """A data set by its name, or from a .npy file of points."""
     if name.endswith(".npy"):
         return Points(name)
-    require(name in DATASETS, f"unknown data set {name!r}: choose {', '.join(DATASETS)}, or a .npy file of points")
-    return DATASETS[name]()
+    known = DATASETS | {"labelled": labelled}
+    require(name in known, f"unknown data set {name!r}: choose {', '.join(known)}, or a .npy file of points")
+    return known[name]()
 
 
 # ═══ 2. Settings and flags ══════════════════════════════════════════════════════════════════
@@ -162,10 +169,16 @@ def dataset(name):
 class Run:
     """What is run, and where it goes."""
 
-    dataset: str = option("8gaussians", f"{', '.join(DATASETS)}, or a .npy file of (N,2) points")
+    dataset: str = option("8gaussians", f"{', '.join(DATASETS)}, labelled, or a .npy file of (N,2) points")
     seed: int = option(0, "seed of the weights, the data and the evaluation noise")
     preset: str = option("two_phase", "schedule of the losses", choices=tuple(scflow.SCHEDULES))
     teacher: str = option("learned", "teacher: learned, or the closed-form velocity", choices=("learned", "exact"))
+    guidance: tuple = option((1.0,), "guidance scales of the teacher (--dataset labelled), each with a student")
+    learn_from: str = option(
+        "teacher",
+        "what is data to the student of a guided teacher: that teacher's samples, or the data set",
+        choices=("teacher", "data"),
+    )
     teacher_from: str = option("", "run folder whose teacher is taken instead of training the same one again")
     self_correction: str = option(
         "paper",
@@ -203,6 +216,7 @@ def check_device(name):
 
 
 # What does not change the numbers may differ between a run and its resumption.
+GUIDED = ("guidance", "learn_from")  # only where there are labels
 COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every", "teacher_from")
 
 
@@ -281,17 +295,20 @@ def read_json(path, *keys):
     return content
 
 
+def usual_folder(name, again=False):
+    """runs/NAME, then runs/NAME-2 and so on: the first that is free, or `again` the last there is."""
+    names = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
+    taken = list(itertools.takewhile(Path.exists, names))
+    return taken[-1] if taken and again else Path("runs", f"{name}-{len(taken) + 1}" if taken else name)
+
+
 def open_folder(out, name, resume, overwrite, config):
     """The run folder as a Path: a new one, or with `resume` the existing one, whose settings must be the same.
 
     Without `out` it is runs/NAME, then runs/NAME-2 and so on; `resume` and `overwrite` take the last there is.
     """
-    if not out:
-        names = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
-        taken = list(itertools.takewhile(Path.exists, names))
-        free = Path("runs", f"{name}-{len(taken) + 1}" if taken else name)
-        out = taken[-1] if taken and (resume or overwrite) else free
-    out, file = Path(out), Path(out, "config.json")
+    out = Path(out or usual_folder(name, resume or overwrite))
+    file = out / "config.json"
     if resume:
         require(file.is_file(), f"nothing to resume: {out} holds no config.json")
         changed = [k for k, v in read_json(file, *config).items() if config.get(k) != v]
@@ -397,8 +414,12 @@ def train(run, settings, schedule):
     mixture = isinstance(data, GaussianMixture)
     require(mixture or not exact, f"--teacher exact needs a mixture, whose velocity is known; {run.dataset} is none")
     data = data.to(run.device) if mixture else data  # a mixture draws where its means are
+    labels, (scale, *others) = getattr(data, "labels", None), run.guidance
+    require(not others, "one guidance scale a run")
+    require(labels is not None or scale == 1, f"{run.dataset} has no labels to guide by: give --dataset labelled")
     config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
-    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC}
+    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC + (labels is None) * GUIDED}
+    config |= {} if labels is None else dict(guidance=scale)
     known = finished_teacher(Path(run.teacher_from), config) if run.teacher_from else []
     folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
     if run.resume and (folder / "metrics.json").exists():
@@ -409,14 +430,16 @@ def train(run, settings, schedule):
         shutil.copy(Path(run.teacher_from, "teacher.pt"), folder / "teacher.pt")
     torch.manual_seed(run.seed)  # initial weights
     generator, journal = torch.Generator(run.device).manual_seed(run.seed), Journal()  # everything else
-    net = scflow.MLP(2, run.width, run.depth).to(run.device)
-    disc = scflow.PointDiscriminator(2, max(1, run.width // 2), run.depth).to(run.device)
+    tokens = None if labels is None else (1, int(labels.max()))
+    net = scflow.MLP(2, run.width, run.depth, tokens=tokens).to(run.device)
+    disc = scflow.PointDiscriminator(2, max(1, run.width // 2), run.depth, tokens).to(run.device)
     clock, threads = [time.perf_counter()], torch.get_num_threads()
     # A second thread saves a tenth on matrices this small, stalls where other programs run, and rounds otherwise.
     torch.set_num_threads(1)
 
     def batch(n, generator):
-        return data.sample(n, generator)[0], None
+        x0, part = data.sample(n, generator)
+        return x0, None if labels is None else labels[part, None]
 
     try:
         start = partial(scflow.train_teacher, net, batch, generator, settings, data if exact else None)
@@ -424,6 +447,9 @@ def train(run, settings, schedule):
         clock.append(time.perf_counter())
         teacher = data if exact else net
         kept = {"arch": teacher.arch, "weights": teacher.state_dict()}
+        if labels is not None:
+            teacher = scflow.guided(teacher, scale)
+            batch = own_samples(teacher, batch, run) if run.learn_from == "teacher" else batch
         start = partial(scflow.distill, teacher, disc, batch, generator, schedule, net, norms_every=50)
         if run.self_correction != "paper":
             start.keywords["loss_function"] = partial(self_correction_variant, run.self_correction)
@@ -433,9 +459,14 @@ def train(run, settings, schedule):
         torch.set_num_threads(threads)  # distances between all pairs are worth it
         data = dataset(run.dataset)  # on the CPU
         metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
-        rows = known + evaluate(run, data, None if known else teacher.cpu(), student.cpu())
-        metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
-        metrics |= {"path_error": path_error(student, data, run.seed)} if mixture else {}
+        if labels is None:
+            rows = known + evaluate(run, data, None if known else teacher.cpu(), student.cpu())
+            metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
+            metrics |= {"path_error": path_error(student, data, run.seed)} if mixture else {}
+        else:
+            velocity = scflow.guided(data if exact else net.cpu(), scale)
+            measures = notebook("07_prompts_and_guidance").evaluate(run, data, velocity, student.cpu())
+            metrics |= dict(**measures, machine=machine())
         clock.append(time.perf_counter())
     except (Stopped, KeyboardInterrupt):
         again = "" if run.out else f" --out {folder}"
@@ -446,6 +477,22 @@ def train(run, settings, schedule):
     metrics["seconds"] = dict(zip(("teacher", "student", "evaluation"), np.diff(clock).tolist()))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
+
+
+def own_samples(velocity, batch, run, n=20000):
+    """`batch(n, generator)` over samples of a guided teacher in 50 steps, with their conditions.
+
+    Guidance leaves the data: a critic that held the student's samples against the data would undo it.
+    """
+    generator = torch.Generator(run.device).manual_seed(4 * 10**6 + run.seed)
+    x0, cond = batch(n, generator)
+    x0 = scflow.sample(velocity, scflow.randn_like(x0, generator), 50, cond=cond)
+
+    def draw(n, generator):
+        rows = torch.randint(len(x0), (n,), generator=generator, device=x0.device)
+        return x0[rows], cond[rows]
+
+    return draw
 
 
 def finished_teacher(folder, config):
@@ -606,6 +653,7 @@ class Pictures:
         self.folder = folder = Path(folder)
         require((folder / "metrics.json").exists(), f"no finished run in {folder} (it holds no metrics.json)")
         config = read_json(folder / "config.json", "schedule", "dataset")
+        require("guidance" not in config, f"{folder} is one of several guidance scales, drawn together as guidance.png")
         self.metrics = read_json(folder / "metrics.json", "rows", "floor")
         self.schedule = tuple(Phase(**p) for p in config["schedule"])
         content = read_run(folder / "student.pt", "student")
@@ -1068,7 +1116,7 @@ class Bench:
 def notebook(stem):
     """The source of a notebook as a module."""
     path = Path(__file__).with_name("notebooks") / f"{stem}.py"
-    require(path.is_file(), f"bench runs {path}, which is not there: call it in a clone")
+    require(path.is_file(), f"this needs {path}, which is not there: call it in a clone")
     spec = importlib.util.spec_from_file_location(stem, path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
@@ -1143,6 +1191,8 @@ def bench_command(argv):
 def train_command(argv):
     """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, ablate, bench)."""
     run, settings, schedule = configure(argv, train_command.__doc__)
+    if getattr(dataset(run.dataset), "labels", None) is not None:
+        return train_guided(run, settings, schedule)
     folder, metrics = train(run, settings, schedule)
     if not run.quiet:
         print(f"\n{run.dataset}, seed {run.seed}, schedule {run.preset!r}, {run.samples} samples\n{table(metrics)}\n")
@@ -1152,6 +1202,27 @@ def train_command(argv):
         seconds = metrics["seconds"] | {"figures": time.perf_counter() - clock}
         print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
         print("files:   " + ", ".join(map(str, [folder / "student.pt", folder / "metrics.json", *figures])))
+
+
+def train_guided(run, settings, schedule):
+    """One teacher of a labelled data set, and a student for each guidance scale in a run folder of its own."""
+    again = run.resume or run.overwrite
+    folder, runs = Path(run.out or usual_folder(run.dataset, again)), {}
+    places = {scale: folder / f"guidance-{scale:g}" for scale in run.guidance}
+    started = [path for path in places.values() if (path / "config.json").exists()]
+    require(started or not run.resume, f"nothing to resume: {folder} holds no run of these scales")
+    require(again or not started, f"{folder} exists: give --resume to go on with it, or --overwrite")
+    for scale, path in places.items():
+        donor = run.teacher_from or str(next(iter(runs.values()), [""])[0])
+        own = replace(run, guidance=(scale,), out=str(path), resume=run.resume and path in started, teacher_from=donor)
+        runs[scale] = train(own, settings, schedule)
+    module = notebook("07_prompts_and_guidance")
+    write_text(folder / "guidance.md", text := "\n".join(module.guidance_table([m for _, m in runs.values()])) + "\n")
+    if run.figures != "none":
+        drawing()
+        module.draw_guidance([path for path, _ in runs.values()]).savefig(folder / "guidance.png", dpi=80)
+    if not run.quiet:
+        print(text, *sorted(map(str, folder.glob("guidance.*"))), sep="\n")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,659 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Prompts and guidance
+#
+# **Question.** A teacher follows a prompt because it is *guided*: two passes a step, one with the prompt and one
+# without. Can a student do it in one pass?
+#
+# [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/07_prompts_and_guidance.ipynb)
+
+# %%
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+sys.path[:0] = [".", ".."]  # a clone holds scflow.py here or one folder up
+try:
+    import celeba_latent
+    import scflow
+    import toy_2d
+except ImportError:  # a hosted notebook: fetch it once
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
+    import celeba_latent
+    import scflow
+    import toy_2d
+
+option, require = scflow.option, scflow.require
+
+# %% [markdown]
+# ## Guidance in the plane
+#
+# Three labels, three Gaussians each. Of a mixture the velocity is known in closed form, and of the components with one
+# label as well. Classifier-free guidance goes on from the one towards the other, and beyond:
+#
+# $$v_w(x,t) = v(x,t) + w\,\bigl(v(x,t,c) - v(x,t)\bigr).$$
+#
+# Velocity and score are tied by $v = -(x + t\,\nabla\log p_t)/(1-t)$, so that $v_w$ belongs to the score of
+# $p_t(x)^{1-w}\,p_t(x|c)^w$: at every $t$ a *tilted* density. These are not the densities of one flow, though.
+# Following $v_w$ from noise gives something else than the tilted $p_0$.
+
+
+# %%
+def tilted(mixture, label, scale, n, generator=None, cells=600, reach=4.0):
+    """n points (n,2) of the density p₀(x)^(1−w)·p₀(x|c)^w, drawn from a fine grid."""
+    side = (torch.arange(cells) + 0.5) / cells * 2 * reach - reach
+    grid = torch.cartesian_prod(side, side)  # (cells²,2)
+    zero, cond = torch.zeros(len(grid)), torch.full((len(grid), 1), label)
+    log = (1 - scale) * mixture.log_density(grid, zero) + scale * mixture.log_density(grid, zero, cond)
+    cumulated = (log - log.max()).double().exp().cumsum(0)
+    where = torch.rand(n, generator=generator, dtype=torch.float64) * cumulated[-1]
+    jitter = (torch.rand(n, 2, generator=generator) - 0.5) * (2 * reach / cells)
+    return grid[torch.searchsorted(cumulated, where).clamp(max=len(grid) - 1)] + jitter
+
+
+def of_label(mixture, label):
+    """The mixture of one label's components."""
+    mine = mixture.labels == label
+    return scflow.GaussianMixture(mixture.means[mine], mixture.std, mixture.weights[mine])
+
+
+def evaluate(run, mixture, velocity, student):
+    """What metrics.json holds of a student of the guided velocity `velocity`, (mean over labels, and by label).
+
+    The goal is what the guided teacher reaches in 50 Euler steps, from other noise than the student's; `energy` is the
+    distance to it, and the floor that of the same from fresh noise.
+    """
+    generator, n, (scale,) = torch.Generator().manual_seed(2 * 10**6 + run.seed), run.samples, run.guidance
+    exact, counts, labels = scflow.guided(mixture, scale), sorted(map(int, run.nfe.split(","))), range(1, 4)
+    found = {}
+
+    def reach(net, cond, solver="euler"):
+        return scflow.sample(net, torch.randn(n, 2, generator=generator), 50, solver, cond)
+
+    for label in labels:
+        cond = torch.full((n, 1), label)
+        goal, ideal = scflow.EnergyDistance(reach(velocity, cond)), reach(exact, cond, "heun")
+        one = of_label(mixture, label)
+        truth = scflow.EnergyDistance(*one.sample(n, torch.Generator().manual_seed(10**6), stratified=True))
+        noise = torch.randn(n, 2, generator=generator)
+        samples = {steps: scflow.sample(student, noise, steps, cond=cond) for steps in counts}
+        first = samples[counts[0]]
+        values = {f"student {k}": (goal(x), truth(x), scflow.rms_distance(x, first)) for k, x in samples.items()}
+        values["floor"] = [goal(reach(velocity, cond)) for _ in range(5)]
+        values["teacher to exact"] = goal(ideal)
+        values["exact to tilted"] = scflow.EnergyDistance(ideal)(tilted(mixture, label, scale, n, generator))
+        values["exact to truth"] = truth(ideal)
+        values["teacher to truth"] = truth(goal.reference)
+        found[label] = values
+    rows = []
+    for steps in counts:
+        energy, to_truth, gap = np.transpose([found[c][f"student {steps}"] for c in labels]).tolist()
+        row = dict(who="student", solver="euler", steps=steps, nfe=steps, energy=float(np.mean(energy)))
+        rows.append(row | dict(gap=float(np.mean(gap)), truth=float(np.mean(to_truth)), labels=energy))
+    floors = np.array([found[c]["floor"] for c in labels])  # (labels, draws)
+    context = {k: [found[c][k] for c in labels] for k in found[1] if " to " in k}
+    floor = dict(mean=floors.mean(), sd=floors.mean(0).std(ddof=1))
+    return dict(floor=floor, rows=rows, guidance=dict(scale=scale, floor=floors.mean(1).tolist(), **context))
+
+
+def guidance_table(done):
+    """Lines of Markdown from the metrics of runs of several scales: energy distances ×10³ by label."""
+    yield f"Energy distance ×10³ by label; {done[0]['samples']} samples, seed {done[0]['seed']}; {done[0]['machine']}."
+    yield from ["", "| guidance | from | to | 1 | 2 | 3 | mean |", "|---" * 7 + "|"]
+    teacher = "guided teacher, 50 steps"
+    for metrics in done:
+        about = metrics["guidance"]
+        lines = [(f"student, {toy_2d.plural(r['nfe'], 'step')}", teacher, r["labels"]) for r in metrics["rows"]]
+        lines += [
+            ("the same from other noise (floor)", teacher, about["floor"]),
+            ("exact guided velocity", teacher, about["teacher to exact"]),
+            ("exact guided velocity", "tilted p₀", about["exact to tilted"]),
+            ("exact guided velocity", "data of the label", about["exact to truth"]),
+            (teacher, "data of the label", about["teacher to truth"]),
+        ]
+        for a, b, values in lines:
+            cells = [f"{1e3 * v:.2f}" for v in (*values, np.mean(values))]
+            yield f"| {about['scale']:g} | {a} | {b} | {' | '.join(cells)} |"
+
+
+LABEL_COLOURS = (toy_2d.STUDENT, toy_2d.TEACHER, toy_2d.RENOISE)
+
+
+def by_label(ax, title, draw, mixture, n=400):
+    """Points of every label, `draw(label, generator)`, over the data in grey."""
+    generator = torch.Generator().manual_seed(3)
+    ax.scatter(*mixture.sample(3 * n, generator)[0].T, s=2, color="#cccccc", linewidths=0)
+    for label, colour in enumerate(LABEL_COLOURS, 1):
+        ax.scatter(*draw(label, generator).T, s=4, color=colour, linewidths=0)
+    toy_2d.window(ax, title)
+
+
+def guidance_panels(axes, mixture, scale, nets, n=400):
+    """A row of panels: the tilted density, the exact guided flow, and (network, steps) by title."""
+    exact = scflow.guided(mixture, scale)
+
+    def flow(net, steps, solver, label, generator):
+        return scflow.sample(net, torch.randn(n, 2, generator=generator), steps, solver, torch.full((n, 1), label))
+
+    by_label(axes[0], "tilted p₀", lambda label, g: tilted(mixture, label, scale, n, g), mixture)
+    by_label(axes[1], "exact guided flow", partial(flow, exact, 50, "heun"), mixture)
+    for ax, (title, (net, steps)) in zip(axes[2:], nets.items()):
+        by_label(ax, title, partial(flow, net, steps, "euler"), mixture)
+    axes[0].set_ylabel(f"w = {scale:g}", fontsize=13)
+
+
+def draw_guidance(folders):
+    """A row for the run of each guidance scale."""
+    figure, axes = plt.subplots(len(folders), 4, figsize=(11, 2.8 * len(folders)), squeeze=False)
+    for row, folder in zip(axes, folders):
+        scale, content = (
+            toy_2d.read_json(folder / "config.json", "guidance")["guidance"],
+            scflow.read(folder / "student.pt"),
+        )
+        teacher = scflow.build(content["teacher"]["arch"])
+        teacher.load_state_dict(content["teacher"]["weights"])
+        nets = {"teacher, 50 steps": (scflow.guided(teacher, scale), 50)}
+        nets["student, 1 step"] = (scflow.load(folder / "student.pt"), 1)
+        guidance_panels(row, toy_2d.dataset("labelled"), scale, nets)
+    return figure
+
+
+# %%
+if __name__ == "__main__":  # not where toy_2d.py or the tests import the functions
+    mixture = toy_2d.dataset("labelled")
+    figure, axes = plt.subplots(3, 2, figsize=(5.6, 8.4))
+    for row, scale in zip(axes, (1, 2, 4)):
+        guidance_panels(row, mixture, scale, {})
+    plt.show()
+
+# %% [markdown]
+# At w = 1 both are the label's own mixture, and nothing is lost. From w = 2 on, the Gaussians near the centre, which
+# might be another label's, are given up: samples that are surer of their label, and no longer its distribution. The
+# tilted density and the end of the guided flow are not the same, the exact one included.
+#
+# `python toy_2d.py --dataset labelled --guidance 1 2 4` trains a teacher and a student for each scale. One thing had to
+# change: guided samples lie where the data do not, and **a critic that holds the student against the data undoes the
+# guidance**. In the plane the student therefore learns from samples of the guided teacher (`--learn-from data` shows
+# what happens otherwise).
+
+# %% [markdown]
+# ## A world of captions
+#
+# Pictures of 32×32 pixels that the program draws from a sentence: one or two shapes on a bright ground, each with a
+# size, a colour and a place, everything with some freedom left. The sentence says "left of", and how far, and how high,
+# is drawn at random. There are 2,328 sentences, and no end of pictures of each.
+
+# %%
+SIDE = 32
+SIZES = {"small": (4.0, 4.5), "large": (6.0, 6.5)}  # radii in pixels
+COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85), "yellow": (0.95, 0.8, 0.1)}
+SHAPES = ("circle", "square", "triangle")
+RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # from the first to the second
+GRAMMAR = "a SIZE COLOUR SHAPE, or a SIZE COLOUR SHAPE RELATION a SIZE COLOUR SHAPE"
+WORDS = ["a", *SIZES, *COLOURS, *SHAPES, "left", "right", "of", "above", "below"]
+LENGTH = 10  # words of the longest sentence
+HELD_OUT = (("green", "triangle"), ("yellow", "square"))  # no sentence with one of these is ever trained on
+
+
+def objects_of(scene):
+    """The (size, colour, shape) of each object of a scene, and the number of the relation between two, 0 for one."""
+    return [tuple(scene[:3]), tuple(scene[4:])][: 1 + (scene[3] > 0)], scene[3]
+
+
+def sentence(scene):
+    """The words of a scene: numbers of size, colour, shape; relation from 1, or 0 for one object; and the second's."""
+    objects, relation = objects_of(scene)
+    nouns = [f"a {[*SIZES][size]} {[*COLOURS][colour]} {SHAPES[shape]}" for size, colour, shape in objects]
+    return f" {[None, *RELATIONS][relation]} ".join(nouns)
+
+
+def every_scene():
+    """All there are, (2328,7): the one-object ones first."""
+    one = torch.cartesian_prod(*map(torch.arange, (2, 4, 3)))  # (24,3)
+    single = torch.cat([one, torch.zeros(24, 4, dtype=torch.int64)], 1)
+    i, relation, j = torch.cartesian_prod(torch.arange(24), torch.arange(1, 5), torch.arange(24)).T
+    return torch.cat([single, torch.cat([one[i], relation[:, None], one[j]], 1)])
+
+
+SCENES = every_scene()
+SENTENCES = {sentence(scene): i for i, scene in enumerate(SCENES.tolist())}  # sentence: number of the scene
+TOKENS = torch.tensor([[1 + WORDS.index(w) for w in s.split()] + [0] * (LENGTH - len(s.split())) for s in SENTENCES])
+UNSEEN = torch.tensor([any(f"{colour} {shape}" in s for colour, shape in HELD_OUT) for s in SENTENCES])
+
+
+def parse(prompt):
+    """The number of the scene that a sentence describes. Raises ValueError for what is not in the grammar."""
+    words = prompt.lower().replace(".", "").split()
+    unknown = [word for word in words if word not in WORDS]
+    require(not unknown, f"unknown word {', '.join(map(repr, unknown))}; the words are: {', '.join(WORDS)}")
+    require(" ".join(words) in SENTENCES, f"{prompt!r} is outside the grammar, which is: {GRAMMAR}")
+    return SENTENCES[" ".join(words)]
+
+
+def pick(n, generator=None, unseen=False):
+    """Numbers (n,) of random scenes, a tenth of them of one object; seen in training, or with what is held out."""
+    chance = torch.where(SCENES[:, 3] > 0, 0.9 / (24**2 * 4), 0.1 / 24) * (UNSEEN == unseen)
+    return torch.multinomial(chance, n, replacement=True, generator=generator)
+
+
+def cover(x, y, radius, shape):
+    """How much of each pixel (B,32,32) a shape covers; x (B,32) to the right of and y (B,32) below its centre."""
+    x, y, r = x[:, None, :], y[:, :, None], radius[:, None, None]
+    circle = r - (x**2 + y**2).sqrt()
+    square = 0.9 * r - torch.maximum(x.abs(), y.abs())
+    triangle = torch.minimum(0.95 * r - y, (y + 0.95 * r) / 2 - math.sqrt(0.75) * x.abs())  # equal sides, apex up
+    inside = torch.stack([circle, square, triangle], 1)  # distance to the edge, (B,3,32,32)
+    return (inside[torch.arange(len(shape)), shape] + 0.5).clamp(0, 1)
+
+
+GRID = torch.arange(SIDE) + 0.5
+PALETTE = torch.tensor([*COLOURS.values()])  # (4,3)
+
+
+def draw(scenes, generator=None):
+    """Pictures (B,3,32,32) in [0,1] of scenes (B,7)."""
+    n, relation = len(scenes), scenes[:, 3:4]
+
+    def between(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    picture = between(0.8, 1.0)[:, None, None, None].expand(n, 3, SIDE, SIDE)
+    along = torch.tensor([(0, 0), *RELATIONS.values()])[relation[:, 0]]  # (B,2), from the first to the second
+    step = torch.where(along != 0, along * between(15.5, 16.5, 1), between(-2, 2, 1)) * (relation > 0)
+    centre = SIDE / 2 + torch.where(relation > 0, between(-0.5, 0.5, 2), between(-4, 4, 2))
+    small, large = torch.tensor([*SIZES.values()]).T
+    for (size, colour, shape), where, there in (
+        (scenes[:, :3].T, centre - step / 2, torch.ones(n)),
+        (scenes[:, 4:].T, centre + step / 2, relation[:, 0] > 0),
+    ):
+        radius = small[size] + (large - small)[size] * between(0, 1)
+        rgb = (PALETTE[colour] + between(-0.06, 0.06, 3)).clamp(0, 1)
+        mask = cover(GRID - where[:, :1], GRID - where[:, 1:], radius, shape) * there[:, None, None]
+        picture = picture + mask[:, None] * (rgb[:, :, None, None] - picture)
+    return picture
+
+
+# %%
+if __name__ == "__main__":
+    chosen = pick(8, torch.Generator().manual_seed(0))
+    figure, axes = plt.subplots(2, 4, figsize=(11, 6))
+    for ax, number, picture in zip(axes.flat, chosen, draw(SCENES[chosen], torch.Generator().manual_seed(0))):
+        ax.imshow(picture.permute(1, 2, 0))
+        ax.set_title(sentence(SCENES[number].tolist()).replace(" a ", "\na ").lstrip(), fontsize=10)
+        ax.axis("off")
+    plt.show()
+
+# %% [markdown]
+# ## The reader
+#
+# Whether a picture shows what the sentence says is a question for a program, not for an opinion. It finds the ground
+# (the median of the border), the blobs (touching pixels nearer to a colour than to the ground), and for each the shape
+# and radius that, drawn in its place, come closest. A blob that is nothing of the kind makes the picture wrong.
+
+# %%
+RADII = torch.arange(3.0, 7.6, 0.25)  # that the reader tries
+
+
+def blobs(mask):
+    """Pixels (B,H,W) → numbers (B,H,W) from 1, the same where they touch, 0 outside."""
+    numbers = torch.arange(1, mask[0].numel() + 1).reshape(mask.shape[1:]) * mask
+    while True:
+        p = F.pad(numbers, (1, 1, 1, 1))
+        near = torch.stack([p[:, 1:-1, 1:-1], p[:, 2:, 1:-1], p[:, :-2, 1:-1], p[:, 1:-1, 2:], p[:, 1:-1, :-2]])
+        if ((spread := near.amax(0) * mask) == numbers).all():
+            return numbers
+        numbers = spread
+
+
+def read(pictures):
+    """For each picture (B,3,32,32) in [0,1] a list of its objects, (size, colour, shape, x, y), or None for a blot."""
+    edge = torch.cat([pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, :, 0], pictures[:, :, :, -1]], 2)
+    ground = edge.median(2).values  # (B,3)
+    known = torch.cat([ground[:, None], PALETTE.expand(len(pictures), -1, -1)], 1)  # (B,5,3)
+    colour = (pictures[:, None] - known[..., None, None]).square().sum(2).argmin(1)  # (B,32,32), 0 the ground
+    numbers, found = blobs(colour > 0), [[] for _ in pictures]
+    pairs = [(i, k) for i, own in enumerate(numbers) for k, n in zip(*own.unique(return_counts=True)) if k and n >= 5]
+    if not pairs:
+        return found
+    row, number = (torch.tensor(column) for column in zip(*pairs))  # (N,) blobs of five pixels and more
+    mask = numbers[row] == number[:, None, None]  # (N,32,32)
+    votes = torch.stack([(mask & (colour[row] == 1 + c)).sum((1, 2)) for c in range(len(PALETTE))], 1)  # (N,4)
+    pure, colour = (votes / votes.sum(1, keepdim=True)).max(1)
+    # How much of each pixel is covered: its place between the ground and the colour, one for the fullest.
+    towards = PALETTE[colour] - ground[row]
+    share = ((pictures[row] - ground[row][..., None, None]) * towards[..., None, None]).sum(1)
+    share = share * F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]  # and a pixel around
+    share = (share / share.flatten(1).topk(8).values.mean(1)[:, None, None]).clamp(0, 1)
+    mass = share.sum((1, 2))
+    x, y = (share.sum(1) * GRID).sum(1) / mass, (share.sum(2) * GRID).sum(1) / mass  # the centre of mass (N,)
+    errors = []
+    for shape in range(len(SHAPES)):
+        for radius in RADII.expand(len(row), -1).T:
+            lower = 0.95 / 3 * radius * (shape == 2)  # of a triangle the mass lies lower than the middle
+            ideal = cover(GRID - x[:, None], GRID - (y - lower)[:, None], radius, torch.full_like(row, shape))
+            errors.append((ideal - share).square().sum((1, 2)) / mass)
+    error, best = torch.stack(errors, 1).min(1)
+    shape, radius = best // len(RADII), RADII[best % len(RADII)]
+    good = (error < 0.12) & (pure > 0.5)
+    for i, ok, *values in zip(*(v.tolist() for v in (row, good, (radius > 5.2).long(), colour, shape, x, y))):
+        found[i].append(tuple(values) if ok else None)
+    return found
+
+
+def shows(scene, found):
+    """Whether the objects that were read, in either order, are those of the scene and stand as it says."""
+    objects, relation = objects_of(scene)
+    if None in found or len(found) != len(objects):
+        return False
+    for order in (found, found[::-1]):
+        if [tuple(o[:3]) for o in order] == objects:
+            if relation == 0:
+                return True
+            dx, dy = (b - a for a, b in zip(order[0][3:], order[1][3:]))
+            along, aside = [(dx, dy), (-dx, dy), (dy, dx), (-dy, dx)][relation - 1]
+            if along > 8 and along > abs(aside):
+                return True
+    return False
+
+
+def accuracy(numbers, pictures):
+    """The share of pictures (B,3,32,32) that show what their scenes (B,) say: every attribute, and nothing else."""
+    found = [objects for part in pictures.split(500) for objects in read(part)]
+    return float(np.mean([shows(scene, objects) for scene, objects in zip(SCENES[numbers].tolist(), found)]))
+
+
+# %% [markdown]
+# The reader has to be right about the truth, and to notice each kind of mistake.
+
+
+# %%
+def mistakes():
+    """{mistake: function from scenes (B,7) of two unlike objects to scenes that differ in this alone}."""
+
+    def changed(column, count):
+        def change(scenes):
+            other = scenes.clone()
+            other[:, column] = (scenes[:, column] + 1) % count
+            return other
+
+        return change
+
+    def turned(scenes):
+        other = scenes.clone()
+        other[:, 3] = torch.tensor([0, 2, 1, 4, 3])[scenes[:, 3]]
+        return other
+
+    def crossed(scenes):  # the colours change places
+        return scenes[:, [0, 5, 2, 3, 4, 1, 6]]
+
+    def alone(scenes):
+        return torch.cat([scenes[:, :3], 0 * scenes[:, 3:]], 1)
+
+    made = {name: changed(column, n) for name, column, n in (("size", 0, 2), ("colour", 1, 4), ("shape", 2, 3))}
+    return made | {"relation": turned, "colours swapped": crossed, "one missing": alone}
+
+
+if __name__ == "__main__":
+    generator = torch.Generator().manual_seed(0)
+    numbers = pick(4000, generator)
+    print(f"read as drawn: {accuracy(numbers, draw(SCENES[numbers], generator)):.2%}")
+    first, second = SCENES[numbers, :3], SCENES[numbers, 4:]
+    unlike = numbers[(SCENES[numbers, 3] > 0) & (first != second).any(1)][:500]
+    for name, change in mistakes().items():
+        told = unlike[(change(SCENES[unlike]) != SCENES[unlike]).any(1)]  # two red objects cannot swap their colours
+        print(f"{name}: {accuracy(told, draw(change(SCENES[told]), generator)):.2%} taken for right")
+
+# %% [markdown]
+# ## Teacher and student
+#
+# Everything is as for faces: patches of 8×8 pixels become their 64 main components, a small DiT sees them as 16 tokens,
+# and the words of the sentence are ten more. A tenth of the teacher's rows lose their sentence, so that one network
+# knows both velocities. The guided teacher, two passes a step, is distilled into a student that needs one.
+#
+# Here the critic may hold the student against the data: at this scale guidance mends what the teacher gets wrong, and
+# the data are what both should look like.
+
+# %%
+FIRST, LAST = celeba_latent.SCHEDULES["two_phase"]
+PRESETS = {  # network, teacher, student
+    "cpu": (
+        dict(dim=128, depth=4, heads=4),
+        scflow.TeacherSettings(6000, 32, 2e-3),
+        (replace(FIRST, steps=2000), replace(LAST, steps=500)),
+    ),
+    "gpu": (
+        dict(dim=384, depth=8, heads=6),
+        scflow.TeacherSettings(20000, 256, 5e-4),
+        (replace(FIRST, steps=8000, batch=128), replace(LAST, steps=2000, batch=128)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Captions(celeba_latent.Folder):
+    """What is trained, and how it is measured."""
+
+    seeds: tuple = option((0,), "seeds, a run folder each; finished ones are read back")
+    preset: str = option("", "size and length [gpu on CUDA, else cpu]", choices=tuple(PRESETS))
+    guidance: float = option(3.0, "guidance scale of the teacher that is distilled")
+    samples: int = option(2000, "pictures that are read and compared; a quarter as many of held-out combinations")
+    save_every: int = option(500, "updates between checkpoints")
+    out: str = option("runs/captions", "folder of the run folders")
+
+
+def codec_of(drawings=6000, factor=8, channels=64, scale=0.35):
+    """The autoencoder of the captions, as `celeba_latent.Codec`, and `encode(pictures)` for it.
+
+    Latents have a deviation of `scale`: what a picture shows is then decided in the middle of the path. At unit scale
+    it would be settled right after t = 1, where few of the times that training draws lie.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pictures, net = draw(SCENES[pick(drawings, generator)], generator), celeba_latent.PatchPCA(factor, channels)
+    net.fit(pictures)
+    z = net.encode(pictures)
+    mean = z.mean((0, 2, 3))[:, None, None]
+    std = (z - mean).square().mean().sqrt().expand(channels, 1, 1) / scale
+    return dict(arch=net.arch, weights=net.state_dict(), mean=mean, std=std.clone(), size=SIDE)
+
+
+def encode(codec, pictures):
+    """Pictures (B,3,32,32) → normalised latents (B,64,4,4)."""
+    return (codec.net.encode(pictures) - codec.mean) / codec.std
+
+
+class Log:
+    """The past of a run: losses of every tenth update."""
+
+    def __init__(self, rows=()):
+        self.rows, self.frames = list(rows), []
+
+    def note(self, stage, state, total):
+        """Record a State of the teacher or the student."""
+        if state.step % 10 == 1:
+            self.rows.append({"stage": stage, "step": state.step, **state.losses})
+
+
+def run_one(asked, seed):
+    """Teacher, student and measures of one seed; returns its folder and metrics. A finished run is read back."""
+    dims, settings, schedule = PRESETS[asked.preset]
+    config = dict(seed=seed, guidance=asked.guidance, preset=asked.preset, samples=asked.samples)
+    folder = Path(asked.out, f"seed-{seed}")
+    started = asked.resume and (folder / "config.json").exists()
+    folder = toy_2d.open_folder(folder, "", started, asked.overwrite, config)
+    if started and (folder / "metrics.json").exists():
+        return folder, toy_2d.read_json(folder / "metrics.json", "rows")
+    run, log, content = replace(asked, resume=started), Log(), codec_of()
+    codec = celeba_latent.Codec(content, run.device)
+    tokens, shape, device = (LENGTH, len(WORDS)), (64, SIDE // 8, SIDE // 8), run.device
+    torch.manual_seed(seed)  # initial weights
+    generator = torch.Generator(device).manual_seed(seed)
+    net = scflow.DiT(shape, 1, **dims, tokens=tokens).to(device)
+    disc = scflow.LatentDiscriminator(shape, tokens=tokens).to(device)
+    words, scenes = TOKENS.to(device), SCENES.to(device)
+
+    def batch(n, generator):
+        numbers = pick(n, generator)
+        return encode(codec, draw(scenes[numbers], generator)), words[numbers]
+
+    start = partial(scflow.train_teacher, net, batch, generator, settings, None)
+    teacher = toy_2d.stage("teacher", run, folder, log, net, start, settings.teacher_steps, codec=content)
+    guided = scflow.guided(teacher, run.guidance)
+    loop = partial(scflow.distill, guided, disc, batch, generator, schedule, teacher)
+    total = sum(p.steps for p in schedule)
+    student = toy_2d.stage("student", run, folder, log, teacher, lambda r: loop(resume=r), total, codec=content)
+    metrics = config | dict(rows=measure(asked, codec, teacher, student), machine=toy_2d.machine())
+    prompt_sheet(folder / "prompts.png", codec, teacher, student, run.guidance)
+    toy_2d.write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    return folder, metrics
+
+
+def paint(codec, net, numbers, steps, seed=0):
+    """Samples uint8 (B,3,32,32) of a velocity for scenes (B,), in batches."""
+    noise = torch.randn(len(numbers), 64, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(seed))
+    parts = zip(*(x.to(codec.device).split(500) for x in (noise, TOKENS[numbers])))
+    return torch.cat([codec.decode(scflow.sample(net, x, steps, cond=cond)) for x, cond in parts])
+
+
+def measure(asked, codec, teacher, student):
+    """Rows of prompt accuracy and Fréchet distances: truth, teacher without and with guidance, student."""
+    generator, n = torch.Generator().manual_seed(10**6), asked.samples
+    numbers, unseen = pick(n, generator), pick(max(1, n // 4), generator, unseen=True)
+
+    def drawn(numbers):
+        return (255 * draw(SCENES[numbers], generator)).round().byte()
+
+    compare = scflow.PictureMeasure(*celeba_latent.features_of(drawn(pick(5 * n, generator))))
+    guided, rows = scflow.guided(teacher, asked.guidance), []
+    plan = [("truth", None, 0), *(("teacher, unguided", teacher, k) for k in (1, 2, 4, 50))]
+    plan += [("teacher, guided", guided, 50), *(("student", student, k) for k in (1, 2, 4, 8))]
+    for who, net, steps in plan:
+        seen, other = ((drawn(m) if net is None else paint(codec, net, m, steps)) for m in (numbers, unseen))
+        row = dict(who=who, steps=steps, nfe=steps * (1 + (net is guided)))
+        row |= dict(accuracy=accuracy(numbers, seen / 255), unseen=accuracy(unseen, other / 255))
+        rows.append(row | compare(*celeba_latent.features_of(seen)))
+    return rows
+
+
+def captions_table(done):
+    """Lines of Markdown: mean ± sd over seeds."""
+    first, names = done[0], ("accuracy", "unseen", "layout", "texture")
+    seeds = ", ".join(str(m["seed"]) for m in done)
+    yield f"Preset {first['preset']}, guidance {first['guidance']:g}, {first['samples']} samples, seeds {seeds};"
+    yield f"{first['machine']}."
+    yield "Accuracy: share of pictures that show all the sentence says. Layout, texture: Fréchet distances ×10³."
+    yield from ["", "| network | evaluations | accuracy | held-out combinations | layout | texture |", "|---" * 6 + "|"]
+    for i, row in enumerate(first["rows"]):
+        cells = []
+        for name in names:
+            v = np.array([m["rows"][i][name] for m in done]) * (100 if name in names[:2] else 1000)
+            spread = f" ± {v.std(ddof=1):.1f}" if len(v) > 1 else ""
+            cells.append(f"{v.mean():.1f}{spread}{'%' if name in names[:2] else ''}")
+        yield f"| {row['who']} | {row['nfe'] or ''} | {' | '.join(cells)} |"
+
+
+SHEET = (
+    "a small red circle left of a large blue square",
+    "a large yellow triangle above a small green circle",
+    "a small blue triangle right of a small blue square",
+    "a large red square below a large red triangle",
+    "a large blue circle",
+    "a large green triangle left of a small yellow square",
+    "a small yellow square above a large red circle",
+)
+
+
+def prompt_sheet(path, codec, teacher, student, scale):
+    """A row for each sentence: a true drawing, and samples of one noise."""
+    numbers = torch.tensor([parse(prompt) for prompt in SHEET])
+    columns = {"drawn": (255 * draw(SCENES[numbers], torch.Generator().manual_seed(1))).byte()}
+    guided = scflow.guided(teacher, scale)
+    for title, net, steps in (
+        ("teacher\n50 steps", teacher, 50),
+        (f"guided, w = {scale:g}\n50 steps", guided, 50),
+        ("guided\n1 step", guided, 1),
+        ("student\n1 step", student, 1),
+        ("student\n2 steps", student, 2),
+        ("student\n4 steps", student, 4),
+    ):
+        columns[title] = paint(codec, net, numbers, steps, seed=1)
+    plt.switch_backend("agg") if "ipykernel" not in sys.modules else None
+    figure, axes = plt.subplots(len(SHEET), len(columns), figsize=(11, 8.6), layout="constrained")
+    for row, prompt, pictures in zip(axes, SHEET, zip(*columns.values())):
+        unseen = " *" * bool(UNSEEN[parse(prompt)])
+        row[0].set_ylabel((prompt + unseen).replace(" a ", "\na ", 1), rotation=0, ha="right", va="center", fontsize=10)
+        for ax, picture in zip(row, pictures):
+            ax.imshow(picture.permute(1, 2, 0))
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], columns):
+        ax.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=80)
+    return figure
+
+
+# %% [markdown]
+# ## Commands
+
+
+# %%
+def train_command(argv):
+    """Train, distil and measure; a table over the seeds."""
+    asked = Captions(**toy_2d.cli(argv, train_command.__doc__, Captions)[0])
+    asked = replace(asked, preset=asked.preset or ("gpu" if asked.device.startswith("cuda") else "cpu"))
+    torch.set_num_threads(torch.get_num_threads())
+    done = [run_one(asked, seed) for seed in asked.seeds]
+    toy_2d.write_text(Path(asked.out, "captions.md"), text := "\n".join(captions_table([m for _, m in done])) + "\n")
+    print(text)
+
+
+@dataclass(frozen=True)
+class Sample(celeba_latent.Device):
+    """What is drawn."""
+
+    prompt: str = option("a small red circle left of a large blue square", f"{GRAMMAR}")
+    out: str = option("runs/captions/seed-0", "run folder (its student), or a weights file alone")
+    steps: tuple = option((1,), "Euler steps, a row for each number")
+    count: int = option(8, "pictures in a row")
+    seed: int = option(0, "seed of the noise")
+    file: str = option("prompt.png", "where the pictures go")
+
+
+def sample_command(argv):
+    """Draw a sentence."""
+    from PIL import Image
+
+    asked = Sample(**toy_2d.cli(argv, sample_command.__doc__, Sample)[0])
+    number, source = parse(asked.prompt), Path(asked.out)
+    net, codec = celeba_latent.load_run(source / "student.pt" if source.is_dir() else source, asked.device)
+    numbers = torch.full((asked.count,), number)
+    rows = [paint(codec, net, numbers, steps, asked.seed) for steps in asked.steps]
+    grid = torch.cat([torch.cat([*row.permute(0, 2, 3, 1)], 1) for row in rows])  # (rows·32, count·32, 3)
+    image = Image.fromarray(grid.numpy())
+    image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(asked.file)
+    for steps, row in zip(asked.steps, rows):
+        right = accuracy(numbers, row / 255)
+        print(f"{asked.file}: {toy_2d.plural(steps, 'network evaluation')} each, {right:.0%} read back as asked")
+
+
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    program = dict(train=train_command, sample=sample_command)
+    sys.exit(toy_2d.main(None, program, "train", Path(__file__).name))
