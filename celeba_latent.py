@@ -17,6 +17,7 @@ config.json, teacher.pt, student.pt, log.csv, metrics.json, metrics.md and sheet
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 import zipfile
@@ -286,6 +287,7 @@ class Encode(Folder):
     size: int = option(128, "side of the square pictures: cut out of the centre, resized")
     channels: int = option(32, "principal components of a patch of 8×8 pixels (pca only)")
     flips: bool = option(False, "encode the mirror image of every picture too")
+    labels: str = option("", "attributes of the pictures, a text file like CelebA's list_attr_celeba.txt")
     batch: int = option(64, "pictures encoded at a time")
     out: str = option("latents", "latents folder")
 
@@ -327,11 +329,37 @@ class Pictures:
             return list(pool.map(partial(self.read, size=size), names))
 
 
+def read_labels(path):
+    """The names of the attributes and {file name: tokens}, 1 for no and 2 for yes, of a list in CelebA's format.
+
+    It has the number of pictures in its first line, the names in its second, and then a file name and a −1 or 1 for
+    each name. Raises ValueError, with the line, where it has not.
+    """
+    require(os.path.isfile(path), f"no list of labels at {path}")
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    names, tokens = lines[1].split() if len(lines) > 2 else [], {"-1": 1, "1": 2}
+    require(names and lines[0].strip().isdecimal(), f"{path} does not begin with a number and a line of names")
+    labels = {}
+    for i, line in enumerate(lines[2:], 3):
+        name, *values = line.split() or [""]
+        require(len(values) == len(names) or not name, f"{path}, line {i}: {len(values)} values for {len(names)} names")
+        require(all(v in tokens for v in values), f"{path}, line {i}: a label is -1 or 1, and nothing else")
+        labels |= {name: [tokens[v] for v in values]} if name else {}
+    require(len(labels) == int(lines[0]), f"{path} announces {int(lines[0])} pictures, and lists {len(labels)}")
+    return names, labels
+
+
 def encode_command(argv):
     """Turn pictures into a latents folder."""
     asked = Encode(**cli(argv, encode_command.__doc__, Encode)[0])
     pictures, net = Pictures(asked.images), autoencoder(asked.autoencoder, asked.size, asked.channels)
     fixed = {k: getattr(asked, k) for k in ("images", "autoencoder", "size", "channels", "flips")}
+    if asked.labels:
+        fixed["labels"], (_, labels) = asked.labels, read_labels(asked.labels)
+        without = [name for name in pictures.names if Path(name).name not in labels]
+        require(
+            not without, f"{asked.labels} has no line for {len(without)} pictures, the first {''.join(without[:1])}"
+        )
     folder = open_folder(asked.out, "latents", asked.resume, asked.overwrite, fixed)
     meta = write_latents(folder, net, pictures.names, partial(pictures.read_all, size=asked.size), asked)
     count, skipped = len(meta["sources"]), "".join(f"\n  {name}: {reason}" for name, reason in meta["skipped"])
@@ -382,6 +410,9 @@ def write_latents(folder, net, names, read, asked):
     std = (square - mean**2).clamp(min=0).sqrt()
     require((std > 1e-6).all(), "a channel of the latents is constant: use fewer --channels, or other pictures")
     meta |= dict(mean=mean.float()[:, None, None], std=std.float()[:, None, None], complete=True)
+    if asked.labels:
+        meta["attributes"], labels = read_labels(asked.labels)
+        meta["labels"] = torch.tensor([labels[Path(name).name] for name in meta["sources"]], dtype=torch.uint8)
     scflow.save(path, net, **meta)
     return meta
 
@@ -429,6 +460,8 @@ class Latents:
                 raise ValueError(f"{file} is missing or damaged: run encode again") from None
             fits = array.dtype == kind and array.shape[1:] == shape and len(array) >= n * count
             require(fits, f"{file} holds {array.dtype} {array.shape}, not {(n * count, *shape)}: run encode again")
+        self.attributes, self.labels = meta.get("attributes", []), meta.get("labels")  # (N,L)
+        self.tokens = (len(self.attributes), 2) if self.attributes else None
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         self.held_out, self.train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
 
@@ -439,13 +472,27 @@ class Latents:
         require(z.isfinite().all(), f"{self.folder}/latents.npy holds values that are not finite: run encode again")
         return (z - self.meta["mean"].to(device)) / self.meta["std"].to(device)
 
+    def cond(self, which):
+        """The attributes (N,L) of the pictures `which` (N,), or None."""
+        return self.labels[which].long() if self.attributes else None
+
     def batch(self, device):
         """`batch(n, generator)` over the training latents, which live on the device: no loader."""
         self.normalised(self.held_out)  # a bad value is found now, and not when the first sheet is drawn
         z = self.normalised(self.train, device, mirrored=True)
         std = z.std().item()
         require(0.8 < std < 1.25, f"the normalised latents have a deviation of {std:.2f}, not 1: run encode again")
-        return lambda n, generator: (z[torch.randint(len(z), (n,), generator=generator, device=z.device)], None)
+        labels = self.cond(self.train).to(device) if self.attributes else None
+
+        def batch(n, generator):
+            rows = torch.randint(len(z), (n,), generator=generator, device=z.device)
+            if labels is None:
+                return z[rows], None
+            # Each row knows a random share of its attributes: whoever samples may then name a few, and leave the rest.
+            told, cond = torch.rand(n, 1, generator=generator, device=z.device), labels[rows // self.copies]
+            return z[rows], cond * (torch.rand(cond.shape, generator=generator, device=z.device) < told)
+
+        return batch
 
     def require_codec(self, codec, owner):
         """Raise ValueError unless these latents have the autoencoder and the statistics of a checkpoint."""
@@ -546,9 +593,12 @@ class Log:
 # ═══ 5. Teacher and student ═════════════════════════════════════════════════════════════════
 
 
-def generate(net, noise, steps, codec, solver="euler", batch=250):
+def generate(net, noise, steps, codec, solver="euler", batch=250, cond=None):
     """Noise (N,C,h,w) → pictures uint8 (N,3,S,S) on the CPU, in batches on the codec's device."""
-    return torch.cat([codec.decode(scflow.sample(net, x.to(codec.device), steps, solver)) for x in noise.split(batch)])
+    parts = noise.split(batch)
+    conds = [None] * len(parts) if cond is None else cond.to(codec.device).split(batch)
+    made = (scflow.sample(net, x.to(codec.device), steps, solver, c) for x, c in zip(parts, conds))
+    return torch.cat([codec.decode(z) for z in made])
 
 
 def draw_sheet(path, columns):
@@ -566,11 +616,14 @@ def draw_sheet(path, columns):
 
 
 def compare(path, data, codec, **nets):
-    """A sheet of held-out pictures and of samples, network=(net, numbers of steps), all of one noise."""
-    noise = torch.randn(8, *data.shape, generator=torch.Generator().manual_seed(1))
+    """A sheet of held-out pictures and of samples, network=(net, numbers of steps), all of one noise.
+
+    Where there are attributes, those of the samples are those of the held-out pictures.
+    """
+    noise, cond = torch.randn(8, *data.shape, generator=torch.Generator().manual_seed(1)), data.cond(data.held_out[:8])
     columns = {"held out": codec.decode(data.normalised(data.held_out[:8]))}
     for name, (net, counts) in nets.items():
-        columns |= {f"{name} {n}": generate(net, noise, n, codec) for n in counts}
+        columns |= {f"{name} {n}": generate(net, noise[: len(data.held_out)], n, codec, cond=cond) for n in counts}
     draw_sheet(path, columns)
 
 
@@ -582,7 +635,7 @@ def teacher_command(argv):
     settings, data = TeacherSettings(**{**defaults, **trained}), Latents(run.latents)
     codec, total = Codec(data.meta, run.device), settings.teacher_steps
     torch.manual_seed(run.seed)  # initial weights
-    net, batch = run.place(scflow.DiT(data.shape, run.patch, **dims)), data.batch(run.device)
+    net, batch = run.place(scflow.DiT(data.shape, run.patch, **dims, tokens=data.tokens)), data.batch(run.device)
     config = dict(latents=run.latents, codec=codec.hash, size=run.size, patch=run.patch, seed=run.seed)
     folder = open_folder(run.out, "faces", run.resume, run.overwrite, config | asdict(settings))
 
@@ -593,14 +646,21 @@ def teacher_command(argv):
     run.compiled(net)
     generator = torch.Generator(run.device).manual_seed(run.seed)
     start = partial(scflow.train_teacher, net, batch, generator, settings, None)
-    toy_2d.stage("teacher", run, folder, log, net, start, total, codec=codec.content)
+    toy_2d.stage("teacher", run, folder, log, net, start, total, codec=codec.content, attributes=data.attributes)
     print(f"{folder}/teacher.pt and teacher.png; next: python celeba_latent.py distill --out {folder}")
+
+
+@dataclass(frozen=True)
+class Distill(Run):
+    """What is distilled, how fast, and where it goes."""
+
+    guidance: float = option(1.0, "guidance scale of a teacher of labelled pictures; the student needs none")
 
 
 def distill_command(argv):
     """Distil the teacher of a run folder into a student that needs one step."""
-    given, changed = cli(argv, distill_command.__doc__, Run, Phase)
-    run = Run(**given)
+    given, changed = cli(argv, distill_command.__doc__, Distill, Phase)
+    run = Distill(**given)
     schedule, folder = toy_2d.revise(SCHEDULES[run.preset], changed), Path(run.out)
     path, student = folder / "teacher.pt", folder / "student.pt"
     require(path.is_file(), f"no teacher in {folder}: run celeba_latent.py teacher --out {folder} first")
@@ -609,7 +669,11 @@ def distill_command(argv):
     require(done == config["teacher_steps"], f"the teacher stopped at update {done}: finish it with teacher --resume")
     data, codec = Latents(run.latents or config["latents"]), Codec(content["codec"], run.device)
     data.require_codec(codec, path)
+    names = content.get("attributes", [])
+    require(names == data.attributes, f"{data.folder} has other attributes than {path} learned from")
+    require(names or run.guidance == 1, f"--guidance needs labels, and {data.folder} has none: encode with --labels")
     plan = dict(seed=run.seed, schedule=[asdict(phase) for phase in schedule])
+    plan |= dict(guidance=run.guidance) if names else {}
     if student.exists():
         require(run.resume or run.overwrite, f"{student} exists: give --resume to go on with it, or --overwrite")
         same = run.overwrite or scflow.read(student).get("plan") == plan
@@ -617,16 +681,17 @@ def distill_command(argv):
         for old in (student, folder / "metrics.json", folder / "metrics.md") if run.overwrite else ():
             old.unlink(missing_ok=True)
     torch.manual_seed(run.seed)  # initial weights of the critic
-    teacher, disc = run.place(scflow.load(path)), run.place(scflow.LatentDiscriminator(data.shape))
+    teacher, disc = run.place(scflow.load(path)), run.place(scflow.LatentDiscriminator(data.shape, tokens=data.tokens))
+    velocity = scflow.guided(teacher, run.guidance) if names else teacher
 
     def draw(state):
-        compare(folder / "student.png", data, codec, teacher=(teacher, (1, 50)), student=(state.ema, (1, 2, 4)))
+        compare(folder / "student.png", data, codec, teacher=(velocity, (1, 50)), student=(state.ema, (1, 2, 4)))
 
-    costs = [(p.steps, p.batch, scflow.distill_flops(teacher, disc, p, p.steps - 1)) for p in schedule]
+    costs = [(p.steps, p.batch, scflow.distill_flops(teacher, disc, p, p.steps - 1, bool(names))) for p in schedule]
     log = Log(run, content["journal"]["rows"], costs, [*7 * [teacher], *3 * [disc]], draw)
     generator, batch = torch.Generator(run.device).manual_seed(run.seed + 1), data.batch(run.device)
-    loop = partial(scflow.distill, teacher, disc, batch, generator, schedule, prepare=run.compiled)
-    total, kept = sum(p.steps for p in schedule), dict(codec=codec.content, plan=plan)
+    loop = partial(scflow.distill, velocity, disc, batch, generator, schedule, teacher, prepare=run.compiled)
+    total, kept = sum(p.steps for p in schedule), dict(codec=codec.content, plan=plan, attributes=names)
     toy_2d.stage("student", run, folder, log, teacher, lambda state: loop(resume=state), total, **kept)
     print(f"{student} and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
@@ -640,6 +705,7 @@ class Sample(Device):
 
     out: str = option("runs/faces", "run folder (its student), or a weights file alone")
     steps: tuple = option((1,), "solver steps, one file for each number")
+    attributes: tuple = option(("",), "NAME=1 or NAME=0 each, of a run on labelled pictures; what is not named is open")
     solver: str = option("euler", "sampler", choices=scflow.SOLVERS)
     count: int = option(64, "pictures")
     seed: int = option(0, "seed of the noise")
@@ -655,8 +721,12 @@ def sample_command(argv):
     require(path.suffix in (".png", ".npz"), f"--file must end in .png or .npz, not {asked.file!r}")
     net, codec = load_run(source / "student.pt" if source.is_dir() else source, asked.device)
     noise = torch.randn(n, *net.shape, generator=torch.Generator().manual_seed(asked.seed))
+    cond = wanted(asked.attributes, net.attributes, n) if any(asked.attributes) else None
     for steps in asked.steps:
-        pictures, name = generate(net, noise, steps, codec, asked.solver), path.with_stem(f"{path.stem}-{steps}")
+        pictures, name = (
+            generate(net, noise, steps, codec, asked.solver, cond=cond),
+            path.with_stem(f"{path.stem}-{steps}"),
+        )
         if path.suffix == ".npz":
             np.savez_compressed(name, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
         else:
@@ -666,11 +736,25 @@ def sample_command(argv):
         print(f"{name}: {n} pictures, {toy_2d.plural(scflow.nfe(steps, asked.solver), 'network evaluation')} each")
 
 
+def wanted(given, names, n):
+    """The condition (n,L) that NAME=1 and NAME=0 ask for, of the attributes `names` that a network knows."""
+    require(names, "this run knows no attributes: its pictures were encoded without --labels")
+    cond = torch.zeros(n, len(names), dtype=torch.int64)
+    for text in given:
+        name, _, value = text.partition("=")
+        require(name in names, f"no attribute {name!r}; there are {', '.join(names)}")
+        require(value in ("0", "1"), f"an attribute is {name}=1 or {name}=0, not {text!r}")
+        cond[:, names.index(name)] = 1 + int(value)
+    return cond
+
+
 def load_run(path, device):
-    """The network and the codec of a checkpoint of this script."""
+    """The network, with the names of its .attributes, and the codec of a checkpoint of this script."""
     content = scflow.read(path)
     require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
-    return scflow.load(path, device=device), Codec(content["codec"], device)
+    net = scflow.load(path, device=device)
+    net.attributes = content.get("attributes", [])
+    return net, Codec(content["codec"], device)
 
 
 @dataclass(frozen=True)
@@ -700,11 +784,14 @@ def evaluate_command(argv):
     rows = [dict(who="autoencoder", **measure(*features_of(codec.decode(data.normalised(some[0])))))]
     seen = measure.spaces(*data.originals(data.train))["layout"]
     usual = scflow.neighbours(measure.reference["layout"], seen)[0].median()
-    noise = torch.randn(n, *data.shape, generator=generator)
+    noise, cond = torch.randn(n, *data.shape, generator=generator), None
+    if data.attributes:  # asked for as often as they are found
+        require(student.attributes == data.attributes, f"{data.folder} has other attributes than {folder} learned from")
+        cond = data.cond(data.train[torch.randint(len(data.train), (n,), generator=generator)])
     for who, net, counts in (("teacher", teacher, (1, 50)), ("student", student, (1, 2, 4, 8))):
-        first = generate(net, noise, 1, codec)
+        first = generate(net, noise, 1, codec, cond=cond)
         for steps in counts:
-            pictures = first if steps == 1 else generate(net, noise, steps, codec)
+            pictures = first if steps == 1 else generate(net, noise, steps, codec, cond=cond)
             ours = features_of(pictures)
             distance, index = scflow.neighbours(measure.spaces(*ours)["layout"], seen)
             row = dict(who=who, nfe=steps, **measure(*ours), novelty=(distance.median() / usual).item())

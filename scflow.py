@@ -970,13 +970,13 @@ def disc_losses(disc, real, fake, phase, penalise=True, cond=None):
     return losses
 
 
-def distill_flops(net, disc, phase, step):
+def distill_flops(net, disc, phase, step, guided=False):
     """FLOPs per row of update `step` of a phase, without R1; a backward pass costs two forward passes."""
     w, pinned, own = phase.weights(step), phase.at_one, phase.self_source == "student"
     terms = (w["consistency"] > 0) + (w["bi"] > 0)
     shared = w["adv"] > 0 and pinned > 0 and (terms or w["self"] > 0) and not (w["self"] > 0 and own)
     one_step = 0 if shared else 3 if w["adv"] > 0 else int(w["self"] > 0 and own)
-    passes = (1 + terms + 3) * (terms > 0) + one_step + (3 + (not own)) * (w["self"] > 0)
+    passes = (1 + guided + terms + 3) * (terms > 0) + one_step + (3 + (not own)) * (w["self"] > 0)
     judged = (pinned if shared else 1) * (w["adv"] > 0)  # forward and back to x̂₀; then the critic learns
     return passes * net.flops() + judged * (2 + 2 * 3) * disc.flops()
 
