@@ -356,10 +356,8 @@ def encode_command(argv):
     fixed = {k: getattr(asked, k) for k in ("images", "autoencoder", "size", "channels", "flips")}
     if asked.labels:
         fixed["labels"], (_, labels) = asked.labels, read_labels(asked.labels)
-        without = [name for name in pictures.names if Path(name).name not in labels]
-        require(
-            not without, f"{asked.labels} has no line for {len(without)} pictures, the first {''.join(without[:1])}"
-        )
+        lost = next((name for name in pictures.names if Path(name).name not in labels), "")
+        require(not lost, f"{asked.labels} has no line for {lost}")
     folder = open_folder(asked.out, "latents", asked.resume, asked.overwrite, fixed)
     meta = write_latents(folder, net, pictures.names, partial(pictures.read_all, size=asked.size), asked)
     count, skipped = len(meta["sources"]), "".join(f"\n  {name}: {reason}" for name, reason in meta["skipped"])
@@ -682,7 +680,10 @@ def distill_command(argv):
             old.unlink(missing_ok=True)
     torch.manual_seed(run.seed)  # initial weights of the critic
     teacher, disc = run.place(scflow.load(path)), run.place(scflow.LatentDiscriminator(data.shape, tokens=data.tokens))
-    velocity = scflow.guided(teacher, run.guidance) if names else teacher
+    velocity = teacher
+    if names:  # a copy: the student starts from the other, which is not compiled yet
+        run.compiled(own := scflow.clone(teacher))
+        velocity = scflow.guided(own, run.guidance)
 
     def draw(state):
         compare(folder / "student.png", data, codec, teacher=(velocity, (1, 50)), student=(state.ema, (1, 2, 4)))
@@ -723,10 +724,8 @@ def sample_command(argv):
     noise = torch.randn(n, *net.shape, generator=torch.Generator().manual_seed(asked.seed))
     cond = wanted(asked.attributes, net.attributes, n) if any(asked.attributes) else None
     for steps in asked.steps:
-        pictures, name = (
-            generate(net, noise, steps, codec, asked.solver, cond=cond),
-            path.with_stem(f"{path.stem}-{steps}"),
-        )
+        name = path.with_stem(f"{path.stem}-{steps}")
+        pictures = generate(net, noise, steps, codec, asked.solver, cond=cond)
         if path.suffix == ".npz":
             np.savez_compressed(name, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
         else:

@@ -251,8 +251,8 @@ def parse(prompt):
 
 
 def pick(n, generator=None, unseen=False):
-    """Numbers (n,) of random scenes, a tenth of them of one object; seen in training, or with what is held out."""
-    chance = torch.where(SCENES[:, 3] > 0, 0.9 / (24**2 * 4), 0.1 / 24) * (UNSEEN == unseen)
+    """Numbers (n,) of random scenes, a fifth of them of one object; seen in training, or with what is held out."""
+    chance = torch.where(SCENES[:, 3] > 0, 0.8 / (24**2 * 4), 0.2 / 24) * (UNSEEN == unseen)
     return torch.multinomial(chance, n, replacement=True, generator=generator)
 
 
@@ -280,7 +280,7 @@ def draw(scenes, generator=None):
     picture = between(0.8, 1.0)[:, None, None, None].expand(n, 3, SIDE, SIDE)
     along = torch.tensor([(0, 0), *RELATIONS.values()])[relation[:, 0]]  # (B,2), from the first to the second
     step = torch.where(along != 0, along * between(15.5, 16.5, 1), between(-2, 2, 1)) * (relation > 0)
-    centre = SIDE / 2 + torch.where(relation > 0, between(-0.5, 0.5, 2), between(-4, 4, 2))
+    centre = SIDE / 2 + torch.where(relation > 0, between(-0.5, 0.5, 2), between(-2, 2, 2))
     small, large = torch.tensor([*SIZES.values()]).T
     for (size, colour, shape), where, there in (
         (scenes[:, :3].T, centre - step / 2, torch.ones(n)),
