@@ -251,7 +251,50 @@ def autoencoder(name, size, channels):
     return net.eval().requires_grad_(False)
 
 
-# ═══ 3. Latents ═════════════════════════════════════════════════════════════════════════════
+# ═══ 3. What is compared of pictures ════════════════════════════════════════════════════════
+
+
+def picture_features(pictures):
+    """What is compared of pictures uint8 (B,3,H,W): thumbnails uint8 (B,3,32,32), and textures (B,192).
+
+    A texture is the mean and the deviation over the picture of 3×32 random convolutions with a fixed seed.
+    """
+    x, weights, texture = pictures.float() / 255, torch.Generator().manual_seed(0), []
+    thumbs, h = (255 * nn.functional.adaptive_avg_pool2d(x, 32)).round().byte(), 2 * x - 1
+    for channels, side in ((3, 5), (32, 3), (32, 3)):
+        weight = torch.randn(32, channels, side, side, generator=weights) * math.sqrt(2 / (channels * side**2))
+        h = torch.relu(nn.functional.conv2d(h, weight.to(h), stride=2, padding=side // 2))
+        texture += [h.mean((2, 3)), h.std((2, 3))]
+    return thumbs.cpu(), torch.cat(texture, 1).cpu()
+
+
+class PictureMeasure:
+    """Fréchet distances to a reference set of pictures in two spaces fixed in advance, without a download.
+
+    "layout" is 64 principal components of (3,000 of) the reference's thumbnails, "texture" as in `picture_features`.
+    """
+
+    def __init__(self, thumbs, texture):
+        flat = thumbs.flatten(1).float() / 255
+        self.mean = flat.mean(0)
+        centred = flat[:3000] - self.mean  # (n,3072); the n×n Gram matrix has the same components
+        self.basis = nn.functional.normalize(
+            centred.T @ torch.linalg.eigh(centred @ centred.T)[1][:, -64:], dim=0
+        )  # ascending
+        self.reference = self.spaces(thumbs, texture)
+
+    def spaces(self, thumbs, texture):
+        """The features (N,64) and (N,192) of other pictures, by the name of the space."""
+        return {"layout": (thumbs.flatten(1).float() / 255 - self.mean) @ self.basis, "texture": texture}
+
+    def __call__(self, thumbs, texture):
+        """{"layout", "texture": Fréchet distance, "coverage": share of the reference that is covered in layout}."""
+        ours = self.spaces(thumbs, texture)
+        row = {name: scflow.frechet_distance(ours[name], self.reference[name]) for name in ours}
+        return row | {"coverage": scflow.knn_coverage(self.reference["layout"], ours["layout"])}
+
+
+# ═══ 4. Latents ═════════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
@@ -391,7 +434,7 @@ def write_latents(folder, net, names, read, asked):
                 both = torch.stack([x, x.flip(3)][:copies], 1).flatten(0, 1)  # (copies·n,3,S,S): each beside its mirror
                 z = net.encode(both.float() / 255).cpu()
                 require(z.isfinite().all(), f"the autoencoder gives values that are not finite near {next(iter(good))}")
-                for array, part, n in zip(arrays, (z, *scflow.picture_features(x)), (copies, 1, 1)):
+                for array, part, n in zip(arrays, (z, *picture_features(x)), (copies, 1, 1)):
                     array[n * start : n * end] = part.numpy()
                     array.flush()  # on the disk before meta.pt counts it
             meta["sources"] += list(good)
@@ -502,7 +545,7 @@ class Latents:
         return tuple(torch.from_numpy(self.arrays[name][which.numpy()]) for name in ("thumbs", "textures"))
 
 
-# ═══ 4. Settings and speed ══════════════════════════════════════════════════════════════════
+# ═══ 5. Settings and speed ══════════════════════════════════════════════════════════════════
 
 # Networks by size, and how long a teacher of that size is trained; 2.9, 33 and 130 million parameters.
 SIZES = {
@@ -563,7 +606,7 @@ class Log:
 
     def __init__(self, run, rows, plan, nets, draw):
         self.rows, self.frames, self.run, self.plan, self.draw, self.clock = rows, [], run, plan, draw, None
-        self.rate = scflow.matmul_rate(run.device)
+        self.rate = toy_2d.matmul_rate(run.device)
         minutes = sum(math.prod(part) for part in plan) / (0.4 * self.rate) / 60
         gb = 4e-9 * sum(p.numel() for net in nets for p in net.parameters())
         how = f"about {minutes:.2g} minutes, if 40% of this device's {self.rate / 1e12:.2g} TFLOP/s are reached"
@@ -588,7 +631,7 @@ class Log:
             self.clock = None  # drawing is not training
 
 
-# ═══ 5. Teacher and student ═════════════════════════════════════════════════════════════════
+# ═══ 6. Teacher and student ═════════════════════════════════════════════════════════════════
 
 
 def generate(net, noise, steps, codec, solver="euler", batch=250, cond=None):
@@ -697,7 +740,7 @@ def distill_command(argv):
     print(f"{student} and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
 
-# ═══ 6. Samples and measures ════════════════════════════════════════════════════════════════
+# ═══ 7. Samples and measures ════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
@@ -776,7 +819,7 @@ def evaluate_command(argv):
     data = Latents(asked.latents or read_json(folder / "config.json", "latents")["latents"])
     data.require_codec(codec, folder)
     require(len(data.held_out) >= 200, f"{len(data.held_out)} held-out pictures are too few: encode 2,000 pictures")
-    measure = scflow.PictureMeasure(*data.originals(data.held_out))
+    measure = PictureMeasure(*data.originals(data.held_out))
     some = [data.train[torch.randperm(len(data.train), generator=generator)[:n]].sort().values for _ in range(5)]
     floors = [measure(*data.originals(which)) for which in some]
     floor = {k: (float(np.mean(v)), float(np.std(v, ddof=1))) for k in floors[0] if (v := [f[k] for f in floors])}
@@ -808,7 +851,7 @@ def evaluate_command(argv):
 
 def features_of(pictures, batch=250):
     """`picture_features` of many pictures."""
-    return tuple(map(torch.cat, zip(*map(scflow.picture_features, pictures.split(batch)))))
+    return tuple(map(torch.cat, zip(*map(picture_features, pictures.split(batch)))))
 
 
 def report(metrics):
@@ -838,7 +881,7 @@ def inception_fid(pictures, data, images):
     return calculate_metrics(input1=one, input2=two, fid=True, verbose=False)["frechet_inception_distance"]
 
 
-# ═══ 7. The demo ════════════════════════════════════════════════════════════════════════════
+# ═══ 8. The demo ════════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
@@ -874,7 +917,7 @@ def demo_command(argv):
     print(f"{time.perf_counter() - clock:.0f} s; samples: {Path(demo.out, 'student.png')}")
 
 
-# ═══ 8. Speed, measured ═════════════════════════════════════════════════════════════════════
+# ═══ 9. Speed, measured ═════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
@@ -974,10 +1017,10 @@ def bench_command(argv):
     """Time our updates against naive ones, in turns in one process."""
     bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
     a, b = torch.randn(2, 2**24, device=bench.device)
-    probes = [(scflow.matmul_rate(bench.device), scflow.rate(bench.device, partial(a.copy_, b), 8 * a.numel()))]
+    probes = [(toy_2d.matmul_rate(bench.device), toy_2d.rate(bench.device, partial(a.copy_, b), 8 * a.numel()))]
     cases = [(size, task) for size in bench.sizes for task in ("teacher", "distill")]
     rows = [row for case in cases for row in bench_case(bench, *case, probes[0][0])]
-    probes.append((scflow.matmul_rate(bench.device), scflow.rate(bench.device, partial(a.copy_, b), 8 * a.numel())))
+    probes.append((toy_2d.matmul_rate(bench.device), toy_2d.rate(bench.device, partial(a.copy_, b), 8 * a.numel())))
     drift = max(abs(after / before - 1) for before, after in zip(*probes))
     names = "size update variant ms ratio p10 p90 share gb loss gradient start_up repaid".split()
     cells = [[f"{v:.3g}" if isinstance(v := r[k], float) else str(v or "") for k in names] for r in rows]

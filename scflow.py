@@ -35,7 +35,6 @@ import copy
 import functools
 import math
 import os
-import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 
@@ -431,10 +430,9 @@ class PointDiscriminator(nn.Module):
     def forward(self, x, cond=None):
         """Logits (B,), large for data."""
         *hidden, head = self.layers
-        h = x
         for layer in hidden:
-            h = layer(h)
-        return projected(head(h)[:, 0], h, self.words(cond, x))
+            x = layer(x)
+        return projected(head(x)[:, 0], x, self.words(cond, x))
 
     flops = MLP.flops  # counted alike
 
@@ -909,9 +907,9 @@ def distill(
     run.loss_function = loss_function
     if resume:
         run.load_state_dict(resume)
-    for net in (run.teacher, student, target, frozen, disc) if prepare else ():
-        if isinstance(net, nn.Module):
-            prepare(net)
+    prepared = (run.teacher, *run.parts.values()) if prepare else ()
+    for net in (part for part in prepared if isinstance(part, nn.Module) and part is not ema):
+        prepare(net)
     start = 0
     for phase in schedule:
         run.source = {"student": student, "ema": ema, "frozen": frozen}[phase.self_source]
@@ -1133,24 +1131,6 @@ def sliced_w2(x, y, projections=200, generator=None):
     return float(np.sqrt(np.square(a - b).mean()))
 
 
-def rate(device, work, amount, seconds=0.3):
-    """How much of `amount` the device gets done in a second, when `work()` does it once."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    work(), wait()  # the first time warms up
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        work(), wait()
-        count += 1
-    return amount * count / spent
-
-
-def matmul_rate(device):
-    """FLOP/s of a square matrix product (bf16 on CUDA, else float32): the most that a network can hope for."""
-    side, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    return rate(device, lambda: a @ a, 2 * side**3)
-
-
 def frechet_distance(x, y):
     """‖m−m′‖² + tr(C + C′ − 2(CC′)^½) of Gaussians fitted to features (N,d) and (M,d) (Heusel et al., 2017).
 
@@ -1175,41 +1155,3 @@ def knn_coverage(real, fake, k=5):
     """Share of real rows (N,d) with a fake one (M,d) nearer than their k-th real neighbour (Naeem et al., 2020)."""
     radius = neighbours(real, real, k + 1)[0]  # the nearest is the row itself
     return (neighbours(real, fake)[0] <= radius).double().mean().item()
-
-
-def picture_features(pictures):
-    """What is compared of pictures uint8 (B,3,H,W): thumbnails uint8 (B,3,32,32), and textures (B,192).
-
-    A texture is the mean and the deviation over the picture of 3×32 random convolutions with a fixed seed.
-    """
-    x, weights, texture = pictures.float() / 255, torch.Generator().manual_seed(0), []
-    thumbs, h = (255 * F.adaptive_avg_pool2d(x, 32)).round().byte(), 2 * x - 1
-    for channels, side in ((3, 5), (32, 3), (32, 3)):
-        weight = torch.randn(32, channels, side, side, generator=weights) * math.sqrt(2 / (channels * side**2))
-        h = F.relu(F.conv2d(h, weight.to(h), stride=2, padding=side // 2))
-        texture += [h.mean((2, 3)), h.std((2, 3))]
-    return thumbs.cpu(), torch.cat(texture, 1).cpu()
-
-
-class PictureMeasure:
-    """Fréchet distances to a reference set of pictures in two spaces fixed in advance, without a download.
-
-    "layout" is 64 principal components of (3,000 of) the reference's thumbnails, "texture" as in `picture_features`.
-    """
-
-    def __init__(self, thumbs, texture):
-        flat = thumbs.flatten(1).float() / 255
-        self.mean = flat.mean(0)
-        centred = flat[:3000] - self.mean  # (n,3072); the n×n Gram matrix has the same components
-        self.basis = F.normalize(centred.T @ torch.linalg.eigh(centred @ centred.T)[1][:, -64:], dim=0)  # ascending
-        self.reference = self.spaces(thumbs, texture)
-
-    def spaces(self, thumbs, texture):
-        """The features (N,64) and (N,192) of other pictures, by the name of the space."""
-        return {"layout": (thumbs.flatten(1).float() / 255 - self.mean) @ self.basis, "texture": texture}
-
-    def __call__(self, thumbs, texture):
-        """{"layout", "texture": Fréchet distance, "coverage": share of the reference that is covered in layout}."""
-        ours = self.spaces(thumbs, texture)
-        row = {name: frechet_distance(ours[name], self.reference[name]) for name in ours}
-        return row | {"coverage": knn_coverage(self.reference["layout"], ours["layout"])}

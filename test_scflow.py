@@ -1439,7 +1439,7 @@ def test_a_rate_is_work_over_time(monkeypatch):
         now[0] += next(work)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    assert abs(scflow.rate("cpu", advance, 5) - 50) < 1e-6
+    assert abs(toy_2d.rate("cpu", advance, 5) - 50) < 1e-6
 
 
 def shaped(n, mean, cov, seed=0):
@@ -1497,18 +1497,18 @@ def test_coverage_by_brute_force(k):
 def test_features_of_pictures_are_layout_and_texture():
     """Thumbnails are means of pixels, bitwise; textures are the same in any batch, feel a pattern and not a place."""
     x = (255 * celeba_latent.draw_faces(torch.rand(6, 34, generator=gen()), 64)).byte()
-    thumbs, texture = scflow.picture_features(x)
+    thumbs, texture = celeba_latent.picture_features(x)
     means = x.reshape(6, 3, 32, 2, 32, 2).float().mean((3, 5)).round()
     assert thumbs.dtype == torch.uint8 and (thumbs.float() - means).abs().max() <= 1  # a half is rounded either way
-    assert torch.equal(scflow.picture_features(thumbs)[0], thumbs)
+    assert torch.equal(celeba_latent.picture_features(thumbs)[0], thumbs)
     torch.manual_seed(5)
-    alone = torch.cat([scflow.picture_features(row[None])[1] for row in x])
+    alone = torch.cat([celeba_latent.picture_features(row[None])[1] for row in x])
     assert texture.shape == (6, 192) and texture.isfinite().all() and torch.allclose(alone, texture, atol=1e-4)
     board = torch.tensor([[60, 200], [200, 60]], dtype=torch.uint8).repeat(32, 32).expand(1, 3, 64, 64)
     plain = torch.full_like(board, 130)
-    (same_thumb, one), (thumb, two) = scflow.picture_features(board), scflow.picture_features(plain)
+    (same_thumb, one), (thumb, two) = celeba_latent.picture_features(board), celeba_latent.picture_features(plain)
     assert torch.equal(same_thumb, thumb) and (one - two).norm() > 0.3 * two.norm()
-    moved = scflow.picture_features(x.roll(16, 3))
+    moved = celeba_latent.picture_features(x.roll(16, 3))
     assert (moved[1] - texture).norm() < 0.2 * (texture[:3] - texture[3:]).norm() * 2**0.5
     assert (moved[0].float() - thumbs.float()).abs().mean() > 10
 
@@ -2102,21 +2102,21 @@ def tiny():
     """The smallest networks, and a device said to reach 1 GFLOP/s."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(celeba_latent.SIZES, "small", TINY)
-        patch.setattr(scflow, "matmul_rate", lambda device: 1e9)
+        patch.setattr(toy_2d, "matmul_rate", lambda device: 1e9)
         yield
 
 
 @pytest.fixture(scope="module")
 def faces_demo(tiny, tmp_path_factory):
     """A short demo: folders of run and latents, and the measure of its evaluation with what that was made of."""
-    run, seen, make = tmp_path_factory.mktemp("demo") / "run", [], scflow.PictureMeasure
+    run, seen, make = tmp_path_factory.mktemp("demo") / "run", [], celeba_latent.PictureMeasure
 
     def measure(*given):
         seen.append(SimpleNamespace(given=given, measure=make(*given)))
         return seen[-1].measure
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scflow, "PictureMeasure", measure)
+        patch.setattr(celeba_latent, "PictureMeasure", measure)
         short = "--drawings 2100 --count 1000 --teacher-steps 12 --student-steps 12 --quiet".split()
         assert faces("demo", *short, "--out", run) == 0
     return SimpleNamespace(run=run, latents=Path(f"{run}-latents"), **vars(seen[0]))
@@ -2386,7 +2386,7 @@ def test_every_picture_has_its_latent_and_its_mirror_image_the_next_row(album, t
     assert data.arrays["latents"].dtype == np.float16 and (both[::2] - both[1::2]).abs().max() > 0.03
     assert (rows - both).abs().max() < 2e-3 * both.abs().max()
     assert not data.arrays["latents"][120:].any()  # room for pictures that were skipped
-    for ours, theirs in zip(data.originals(torch.arange(60)), scflow.picture_features(x)):
+    for ours, theirs in zip(data.originals(torch.arange(60)), celeba_latent.picture_features(x)):
         assert torch.allclose(ours, theirs, atol=1e-4)
     z = data.normalised(torch.tensor([3, 8]), mirrored=True)
     expected = (both[[6, 7, 16, 17]] - data.meta["mean"]) / data.meta["std"]
@@ -2451,8 +2451,8 @@ def saved_and_killed(*args, save=scflow.save, **options):
 
 
 MOMENTS = {
-    "before the first save": ("picture_features", scflow.picture_features, 9, killed, 0),
-    "while encoding": ("picture_features", scflow.picture_features, 41, killed, 32),
+    "before the first save": ("picture_features", celeba_latent.picture_features, 9, killed, 0),
+    "while encoding": ("picture_features", celeba_latent.picture_features, 41, killed, 32),
     "while saving": ("save", scflow.save, 3, killed, 32),
     "after saving": ("save", scflow.save, 2, saved_and_killed, 32),
 }
@@ -2463,15 +2463,15 @@ def test_an_interrupted_encoding_is_refused_and_resumes_bit_for_bit(moment, albu
     """The half folder trains nothing; --resume takes other settings for an error, and encodes only what is missing."""
     name, function, n, instead, done = MOMENTS[moment]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(scflow, name, nth(function, n, instead))
+        patch.setattr(scflow if name == "save" else celeba_latent, name, nth(function, n, instead))
         encode_again(album, tmp_path / "half")
     assert faces("teacher", "--latents", tmp_path / "half", "--out", tmp_path / "run") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and ("no meta.pt" if done == 0 else "unfinished") in said
     assert encode_again(album, tmp_path / "half", "--resume", "--size", 16) == 2
     assert "other settings" in capsys.readouterr().err
-    seen, function = [], scflow.picture_features
-    monkeypatch.setattr(scflow, "picture_features", lambda x: (seen.append(len(x)), function(x))[1])
+    seen, function = [], celeba_latent.picture_features
+    monkeypatch.setattr(celeba_latent, "picture_features", lambda x: (seen.append(len(x)), function(x))[1])
     assert encode_again(album, tmp_path / "half", "--resume") == 0
     assert same(contents(tmp_path / "half"), contents(album / "latents"))
     assert sum(seen) <= 62 - done and not (tmp_path / "run").exists()
@@ -2481,7 +2481,7 @@ def kill_while_saving(n, *argv):
     """Run a command in a process that is killed half-way through its n-th save."""
     program = f"""if True:
         import os, signal, sys, torch, celeba_latent, scflow
-        celeba_latent.SIZES["small"], scflow.matmul_rate = {TINY!r}, lambda device: 1e9
+        celeba_latent.SIZES["small"], toy_2d.matmul_rate = {TINY!r}, lambda device: 1e9
         save, calls = torch.save, []
         def half(content, file):
             calls.append(0)
@@ -2515,7 +2515,7 @@ def test_a_demo_that_was_stopped_while_it_encoded_goes_on(tmp_path, monkeypatch)
         monkeypatch.setattr(celeba_latent, f"{name}_command", lambda argv, name=name: commands.append([name, *argv]))
     argv = ["demo", "--drawings", 1200, "--out", tmp_path / "run", "--quiet"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(scflow, "picture_features", nth(scflow.picture_features, 2, killed))
+        patch.setattr(celeba_latent, "picture_features", nth(celeba_latent.picture_features, 2, killed))
         faces(*argv)
     assert not commands and faces(*argv, "--resume") == 0
     assert len(celeba_latent.Latents(tmp_path / "run-latents").train) == 1080
@@ -2678,7 +2678,7 @@ def test_presets_run_in_both_precisions(preset, precision, album, tmp_path, monk
 def test_the_log_counts_pictures_and_flops_by_phase(monkeypatch, tmp_path):
     """10 updates in 2 s are 5 batches a second; utilisation is that times the phase's FLOPs; drawing is not counted."""
     run, drawn = celeba_latent.Run(sheet_every=20, device="cpu", quiet=True), []
-    monkeypatch.setattr(scflow, "matmul_rate", lambda device: 1e6)
+    monkeypatch.setattr(toy_2d, "matmul_rate", lambda device: 1e6)
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2).__next__)
     log = celeba_latent.Log(run, [], [(20, 4, 1000.0), (20, 8, 500.0)], [], lambda state: drawn.append(state.step))
     for step in range(1, 41):
@@ -2690,7 +2690,7 @@ def test_the_log_counts_pictures_and_flops_by_phase(monkeypatch, tmp_path):
 
 def test_the_estimate_adds_up_time_and_memory(monkeypatch, capsys):
     """Updates × rows × FLOPs at 40% of the device's rate in minutes, and 4 bytes a number (three digits)."""
-    monkeypatch.setattr(scflow, "matmul_rate", lambda device: 1e12)
+    monkeypatch.setattr(toy_2d, "matmul_rate", lambda device: 1e12)
     net = nn.Linear(999, 1000, bias=False)
     celeba_latent.Log(celeba_latent.Run(device="cpu"), [], [(600, 10, 1e12), (300, 20, 2e12)], 50 * [net], None)
     said = capsys.readouterr().out
@@ -2779,7 +2779,7 @@ def test_measures_of_the_truth_are_those_of_the_autoencoder(faces_demo, tmp_path
 
     monkeypatch.setattr(celeba_latent, "features_of", functools.cache(celeba_latent.features_of))
     monkeypatch.setattr(celeba_latent, "generate", truth)
-    monkeypatch.setattr(scflow, "PictureMeasure", lambda *given: faces_demo.measure)
+    monkeypatch.setattr(celeba_latent, "PictureMeasure", lambda *given: faces_demo.measure)
     assert faces("evaluate", "--out", tmp_path / "run", "--count", 1000) == 0 and calls == [1, 50, 1, 2, 4, 8]
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     floor, rows = metrics["floor"], metrics["rows"]
@@ -2846,7 +2846,7 @@ def test_bench_times_every_variant_and_finds_them_equal(tiny, tmp_path, monkeypa
         return function(nets, *rest)
 
     monkeypatch.setattr(celeba_latent, "one_loss_at_a_time", spy)
-    monkeypatch.setattr(scflow, "matmul_rate", lambda device: next(rates))
+    monkeypatch.setattr(toy_2d, "matmul_rate", lambda device: next(rates))
     monkeypatch.setattr(scflow, "rate", lambda *_: 1e9)
     argv = "--channels 2 --side 8 --batch 4 --rounds 1 --updates 1 --device cpu".split()
     assert faces("bench", *argv, "--out", tmp_path / "deep/bench") == 0

@@ -1122,6 +1122,24 @@ def notebook(stem):
     return module
 
 
+def rate(device, work, amount, seconds=0.3):
+    """How much of `amount` the device gets done in a second, when `work()` does it once."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    work(), wait()  # the first time warms up
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        work(), wait()
+        count += 1
+    return amount * count / spent
+
+
+def matmul_rate(device):
+    """FLOP/s of a square matrix product (bf16 on CUDA, else float32): the most that a network can hope for."""
+    side, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return rate(device, lambda: a @ a, 2 * side**3)
+
+
 def bench_cell(path, stem, cell):
     """One run that a notebook defines, in a process of its own; a finished one is read back."""
     torch.set_num_threads(1)

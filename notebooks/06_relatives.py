@@ -618,7 +618,7 @@ def cost_table(rounds=10):
     """`costs` as lines of Markdown, with naive loops and the floor, the time of a matrix product of as many FLOPs."""
     student, disc, flops = scflow.MLP(), scflow.PointDiscriminator(), {"flow matching": 3 * scflow.MLP().flops()}
     flops |= {name: scflow.distill_flops(student, disc, phase, 0) for name, phase in PHASES.items()}
-    milliseconds, rate = costs(rounds), scflow.matmul_rate("cpu")
+    milliseconds, rate = costs(rounds), toy_2d.matmul_rate("cpu")
     yield "Milliseconds per update of 512 rows, medians over turns in one process; `naively`: a pass for every loss,"
     yield "and the optimisers as they come; floor: as many FLOPs in a square matrix product. One thread."
     yield from ["", "| loss | ms | × flow matching | counted as | naively / ours | floor / ours |", "|---" * 6 + "|"]

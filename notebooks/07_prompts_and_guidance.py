@@ -542,7 +542,7 @@ def measure(asked, codec, teacher, student):
     def drawn(numbers):
         return (255 * draw(SCENES[numbers], generator)).round().byte()
 
-    compare = scflow.PictureMeasure(*celeba_latent.features_of(drawn(pick(5 * n, generator))))
+    compare = celeba_latent.PictureMeasure(*celeba_latent.features_of(drawn(pick(5 * n, generator))))
     guided, rows = scflow.guided(teacher, asked.guidance), []
     plan = [("truth", None, 0), *(("teacher, unguided", teacher, k) for k in (1, 2, 4, 50))]
     plan += [("teacher, guided", guided, 50), *(("student", student, k) for k in (1, 2, 4, 8))]
