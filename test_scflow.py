@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -301,7 +302,202 @@ def test_renoising_uses_the_same_noise_or_a_fresh_one():
     assert torch.allclose(sample(net, few, 3, "renoise", beta=0.5, generator=gen(1)), x, atol=1e-6)
 
 
-# ═══ 3. Ground truth ════════════════════════════════════════════════════════════════════════
+# ═══ 3. Conditions and guidance ═════════════════════════════════════════════════════════════
+
+TOKENS, LATENTS = (3, 5), (2, 4, 6)  # three words of five
+
+
+def labelled():
+    """The skewed mixture's components with two labels, and a third of its own."""
+    return GaussianMixture([*MEANS, [-0.5, 1.5]], 0.3, [0.5, 0.2, 0.1, 0.2], labels=[1, 2, 1, 3])
+
+
+CONDITIONAL = {
+    "mlp": lambda tokens=TOKENS: (scramble(MLP(2, width=16, depth=2, tokens=tokens)), (2,)),
+    "dit": lambda tokens=TOKENS: (scramble(DiT(LATENTS, 2, dim=16, depth=2, heads=2, tokens=tokens)), LATENTS),
+    "point critic": lambda tokens=TOKENS: (scramble(PointDiscriminator(2, 16, 2, tokens)), (2,)),
+    "latent critic": lambda tokens=TOKENS: (scramble(LatentDiscriminator(LATENTS, 8, tokens)), LATENTS),
+}
+
+
+def conditional(name, tokens=TOKENS):
+    """A random conditional network as a function of rows and condition, and five rows."""
+    net, shape = CONDITIONAL[name](tokens)
+    x, t = torch.randn(5, *shape, generator=gen()), torch.rand(5, generator=gen(1))
+    return (lambda cond, rows=slice(None): net(x[rows], *[t[rows]] * ("critic" not in name), cond)), net
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_the_order_and_every_word_of_a_condition_count(name):
+    """Other words, the same in another order, and a word fewer give other values; zeros are None, bitwise."""
+    call, _ = conditional(name)
+    rows = lambda *words: torch.tensor([words] * 5)  # noqa: E731
+    base = call(rows(1, 2, 3))
+    for words in ((1, 2, 4), (2, 1, 3), (1, 2, 0), (0, 1, 2), (0, 0, 0)):
+        assert (call(rows(*words)) - base).flatten(1 if base.ndim > 1 else 0).abs().max() > 1e-3, words
+    assert torch.equal(call(rows(0, 0, 0)), call(None))
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_each_row_has_its_own_condition(name):
+    """A batch of different conditions is row by row what each gives alone (1e-5: float32 sums)."""
+    call, _ = conditional(name)
+    cond = torch.tensor([[1, 2, 3], [0, 0, 0], [5, 5, 5], [4, 0, 0], [1, 2, 4]])
+    alone = torch.cat([call(cond[i : i + 1], slice(i, i + 1)) for i in range(5)])
+    assert torch.allclose(call(cond), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+@pytest.mark.parametrize(
+    "cond",
+    [
+        torch.ones(5, 2),
+        torch.ones(5, 4),
+        torch.ones(4, 3),
+        torch.ones(5),
+        torch.full((5, 3), 6),
+        torch.full((5, 3), -1),
+    ],
+    ids=["too short", "too long", "too few rows", "no words", "unknown word", "negative"],
+)
+def test_a_condition_of_another_form_is_refused(name, cond):
+    """One line for a wrong length, wrong rows, tokens out of the table, and numbers that are not whole."""
+    call, _ = conditional(name)
+    refused(call, cond.long())
+    refused(call, torch.ones(5, 3))  # floats
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_network_without_tokens_has_no_part_for_them(name):
+    """No weight, no buffer, no entry of its architecture: an unconditional checkpoint is what it was."""
+    _, net = conditional(name, None)
+    assert not any("words" in key for key in net.state_dict()) and "tokens" not in net.arch
+    assert not list(net.words.parameters())
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_conditional_network_is_read_back(name, tmp_path):
+    """From the weights file alone, with its table of words: the same values bitwise."""
+    call, net = conditional(name)
+    scflow.save(tmp_path / "net.pt", net)
+    again = scflow.load(tmp_path / "net.pt")
+    assert again.words.tokens == TOKENS and same(again.state_dict(), net.state_dict())
+
+
+def test_a_critic_projects_its_features_on_the_words():
+    """logit(c) − logit(0) is linear in the words: each adds its own share, whatever the others are (1e-5)."""
+    for name in ("point critic", "latent critic"):
+        call, _ = conditional(name)
+        share = lambda *words, call=call: call(torch.tensor([words] * 5)) - call(None)  # noqa: E731
+        apart = share(1, 0, 0) + share(0, 2, 0) + share(0, 0, 3)
+        assert torch.allclose(share(1, 2, 3), apart, atol=1e-5) and apart.abs().max() > 0.01
+
+
+def test_guidance_is_one_pass_of_twice_the_rows():
+    """v + w(v_c − v) of two separate passes (1e-6), in one call; w = 1 is the conditional velocity, w = 0 the other."""
+    net, _ = CONDITIONAL["dit"]()
+    x, t, cond = torch.randn(4, *LATENTS), torch.rand(4), torch.tensor([[1, 2, 3]] * 4)
+    given, free = net(x, t, cond), net(x, t)
+    assert (given - free).abs().max() > 1e-3
+    for scale in (0.0, 1.0, 2.5):
+        counted = Counted(net)
+        v = scflow.guided(counted, scale)(x, t, cond)
+        assert torch.allclose(v, free + scale * (given - free), atol=1e-6)
+        assert (counted.calls, counted.rows) == (1, 8)
+
+
+def test_guidance_without_a_condition_is_refused():
+    """One line where no condition is given, and where the network takes none."""
+    x, t = torch.randn(4, 2), torch.rand(4)
+    refused(scflow.guided(CONDITIONAL["mlp"]()[0], 2.0), x, t)
+    for net in (mlp(), skewed()):
+        refused(scflow.guided(net, 2.0), x, t, torch.ones(4, 3, dtype=torch.int64))
+
+
+def test_dropping_takes_whole_conditions():
+    """A share of rows becomes zero, the others stay as they are (binomial: |z| < 4); none or all at the ends."""
+    cond = torch.randint(1, 6, (4000, 3), generator=gen())
+    dropped = scflow.drop(cond, 0.2, gen(1))
+    gone = (dropped == 0).all(1)
+    assert torch.equal(dropped[~gone], cond[~gone]) and abs(gone.double().mean() - 0.2) < 4 * (0.16 / 4000) ** 0.5
+    assert torch.equal(scflow.drop(cond, 0.0, gen()), cond) and scflow.drop(cond, 1.0, gen()).sum() == 0
+
+
+def test_the_teacher_learns_to_do_without_its_condition():
+    """`teacher_drop` of the rows lose their condition, and none at 0; where there is none, nothing is drawn for it."""
+    seen = []
+
+    class Spy(MLP):
+        def forward(self, x, t, cond=None):
+            seen.append(cond)
+            return super().forward(x, t, cond)
+
+    def rows(share, mixture=labelled()):  # noqa: B008
+        seen.clear()
+
+        def batch(n, generator):
+            x0, k = mixture.sample(n, generator)
+            return x0, mixture.labels[k, None]
+
+        take(train_teacher(Spy(tokens=(1, 3)), batch, gen(), TeacherSettings(3, 2000, 1e-3, share)))
+        return torch.cat(seen)
+
+    assert abs((rows(0.3) == 0).double().mean() - 0.3) < 0.03 and (rows(0.0) == 0).sum() == 0
+    generator, by_hand = gen(), gen()
+    take(train_teacher(mlp(), batch, generator, TeacherSettings(1, 8, 1e-3, 0.5)))
+    x0, _ = batch(8, by_hand)
+    torch.randn(x0.shape, generator=by_hand), torch.rand(8, generator=by_hand)
+    assert torch.equal(generator.get_state(), by_hand.get_state())
+    refused(TeacherSettings, teacher_drop=1.0)
+    refused(TeacherSettings, teacher_drop=-0.1)
+
+
+@pytest.mark.parametrize("schedule", ["paper", "two_phase"])
+def test_conditions_reach_every_pass_of_the_distillation(schedule):
+    """Teacher, target, source, student and critic get the rows' own conditions: losses are those computed by hand."""
+    mixture, p = labelled(), replace(scflow.SCHEDULES[schedule][-1], self_source="student", at_one=0.0)
+    p = replace(p, lambda_consistency=1.0, lambda_bi=1.0, lambda_self=1.0, lambda_adv=1.0, self_form="x0", tau=0.0)
+    student, target = (scramble(MLP(2, 16, 2, tokens=(1, 3)), seed) for seed in (1, 2))
+    disc, teacher = scramble(PointDiscriminator(2, 16, 2, (1, 3)), 3), scflow.guided(mixture, 2.0)
+    nets = SimpleNamespace(teacher=teacher, student=student, target=target, disc=disc, source=student)
+    x0, k = mixture.sample(32, gen())
+    cond, x1, t = mixture.labels[k, None], torch.randn(32, 2, generator=gen(1)), torch.rand(32, generator=gen(2))
+    losses, fake = distill_losses(nets, x0, x1, t, p, p.weights(0), gen(3), cond)
+    g, xt = gen(3), scflow.interpolate(x0, x1, t)
+    s = t - torch.rand(32, generator=g) * t.clamp(max=p.delta)
+    u = t + torch.rand(32, generator=g) * (1 - t).clamp(max=p.delta)
+    free = mixture(xt, t)
+    v = free + 2 * (mixture(xt, t, cond) - free)
+    one = torch.ones(32)
+    f_t, x0_hat = predict_x0(student, xt, t, cond), predict_x0(student, x1, one, cond)
+    xs, xu = (xt + (r - t)[:, None] * v for r in (s, u))
+    distance = scflow.DISTANCES[p.distance]
+    xt_hat = scflow.interpolate(x0_hat.detach(), x1, t)
+    expected = {
+        "consistency": distance(f_t, predict_x0(target, xs, s, cond)),
+        "bi": distance(f_t, predict_x0(target, xu, u, cond)),
+        "self": ((predict_x0(student, xt_hat, t, cond) - x0_hat) ** 2).mean(),
+        "adv": -disc(x0_hat, cond).mean(),
+    }
+    assert losses.keys() == expected.keys() and torch.allclose(fake, x0_hat, atol=1e-5)
+    for name, value in expected.items():
+        assert torch.allclose(losses[name], value, rtol=1e-4), name
+
+
+def test_a_guided_teacher_needs_a_student_to_start_from():
+    """A velocity has no weights: refused; with `student=` it runs, and what is a module is prepared."""
+    mixture, net = labelled(), MLP(2, 16, 2, tokens=(1, 3))
+    batch = lambda n, g: (lambda x, k: (x, mixture.labels[k, None]))(*mixture.sample(n, g))  # noqa: E731
+    make = lambda: PointDiscriminator(2, 16, 2, (1, 3))  # noqa: E731
+    schedule, seen = (phase(**ALL_FOUR),), []
+    refused(take, distill(scflow.guided(net, 2.0), make(), batch, gen(), schedule))
+    before = weights_of(net)
+    run = take(distill(scflow.guided(net, 2.0), make(), batch, gen(), schedule, net, prepare=seen.append))
+    assert same(before, weights_of(net)) and not same(before, weights_of(run.student))
+    assert seen == [run.student, run.target, run.frozen, run.disc]
+
+
+# ═══ 4. Ground truth ════════════════════════════════════════════════════════════════════════
 
 
 @pytest.mark.usefixtures("float64")
@@ -362,7 +558,46 @@ def test_mixture_samples():
     assert z_scores((x - mu[k]).prod(1)).abs() < 4  # the axes of a component are independent
 
 
-# ═══ 4. Settings and schedules ══════════════════════════════════════════════════════════════
+@pytest.mark.usefixtures("float64")
+def test_a_label_leaves_the_mixture_of_its_components():
+    """Density up to its share and velocity are those of a mixture of these alone (1e-12); the shares add up to p_t."""
+    mixture = labelled()
+    x0, x1, t, xt = draw(200)
+    densities = []
+    for label in (1, 2, 3):
+        mine, cond = mixture.labels == label, torch.full((200, 1), label)
+        alone = GaussianMixture(mixture.means[mine], mixture.std, mixture.weights[mine])
+        share = mixture.weights[mine].sum().log()
+        assert torch.allclose(mixture(xt, t, cond), alone(xt, t), atol=1e-12)
+        densities.append(mixture.log_density(xt, t, cond))
+        assert torch.allclose(densities[-1], share + alone.log_density(xt, t), atol=1e-12)
+    assert torch.allclose(torch.stack(densities).logsumexp(0), mixture.log_density(xt, t), atol=1e-12)
+    assert torch.equal(mixture(xt, t, torch.zeros(200, 1, dtype=torch.int64)), mixture(xt, t))
+    refused(mixture, xt, t, torch.full((200, 1), 4))
+    refused(mixture, xt, t, torch.ones(200, 2, dtype=torch.int64))
+    again = scflow.build(mixture.arch)
+    assert torch.equal(again.labels, mixture.labels) and "labels" not in skewed().arch
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 4.0])
+def test_guided_velocity_is_that_of_the_tilted_density(scale):
+    """v_w = −(x + t·s)/(1−t), s the gradient of (1−w)·log p_t(x) + w·log p_t(x|c) by central differences (1e-6)."""
+    mixture, h = labelled(), 1e-5
+    x = 2 * torch.randn(60, 2, generator=gen())
+    for t0 in (0.1, 0.3, 0.6, 0.9):
+        t, cond = torch.full((60,), t0), torch.tensor([1, 2, 3]).repeat(20)[:, None]
+
+        def log(x, t=t, cond=cond):
+            return (1 - scale) * mixture.log_density(x, t) + scale * mixture.log_density(x, t, cond)
+
+        score = torch.stack([(log(x + h * e) - log(x - h * e)) / (2 * h) for e in torch.eye(2)], 1)
+        v = scflow.guided(mixture, scale)(x, t, cond)
+        error = (v + (x + t0 * score) / (1 - t0)).abs().max()
+        assert error < 1e-6 * max(1, v.abs().max()), t0
+
+
+# ═══ 5. Settings and schedules ══════════════════════════════════════════════════════════════
 
 
 @pytest.mark.parametrize(
@@ -403,7 +638,7 @@ def test_rescale_keeps_the_proportions():
     assert scflow.rescale(schedule, 400) == schedule
 
 
-# ═══ 5. Networks ════════════════════════════════════════════════════════════════════════════
+# ═══ 6. Networks ════════════════════════════════════════════════════════════════════════════
 
 
 def plain_dit(net, x, t):
@@ -500,6 +735,8 @@ def test_what_does_not_divide_is_refused():
         (MLP(3, width=24, depth=2), (3,)),
         (DiT((2, 4, 6), 2, dim=16, depth=3, heads=2, ratio=2), (2, 4, 6)),
         (DiT((4, 8, 8), 1, dim=32, depth=1, heads=4), (4, 8, 8)),
+        (DiT((4, 8, 8), 2, dim=32, depth=2, heads=4, tokens=(5, 9)), (4, 8, 8)),
+        (MLP(2, width=24, depth=2, tokens=(1, 3)), (2,)),
     ],
 )
 def test_flops_are_those_counted(net, shape):
@@ -589,7 +826,7 @@ def test_one_batch_is_learned_by_heart(name):
     assert not any(torch.equal(p, start[k]) for k, p in net.named_parameters())  # no parameter is dead
 
 
-# ═══ 6. Losses ══════════════════════════════════════════════════════════════════════════════
+# ═══ 7. Losses ══════════════════════════════════════════════════════════════════════════════
 
 
 def losses_of(nets, n, t, the_phase, seed=0):
@@ -794,7 +1031,7 @@ def test_a_loss_of_weight_zero_costs_nothing(on, source, at_one):
     assert all(nets[k].grad_rows == 0 for k in ("teacher", "target", "source"))
 
 
-# ═══ 7. Averages of the weights ═════════════════════════════════════════════════════════════
+# ═══ 8. Averages of the weights ═════════════════════════════════════════════════════════════
 
 
 def averaged_pair():
@@ -836,7 +1073,7 @@ def test_growing_decay():
     assert decays[0] == 0 and decays == sorted(decays) and decays[1] > 0 and decays[-1] == 0.99
 
 
-# ═══ 8. Training loops ══════════════════════════════════════════════════════════════════════
+# ═══ 9. Training loops ══════════════════════════════════════════════════════════════════════
 
 PARTS = ("student", "target", "ema", "frozen", "disc", "opt", "opt_disc")
 TWO_PHASES = (
@@ -1233,7 +1470,7 @@ def test_one_student_step_beats_one_teacher_step_twentyfold(seed):
     assert measure(sample(teacher, noise)) > 20 * max(measure(sample(student, noise)), 1e-3)
 
 
-# ═══ 9. Checkpoints ═════════════════════════════════════════════════════════════════════════
+# ═══ 10. Checkpoints ═════════════════════════════════════════════════════════════════════════
 
 
 @pytest.mark.parametrize("make", [mlp, dit, critic, skewed, lambda: scramble(LatentDiscriminator((2, 4, 4), width=8))])
@@ -1347,7 +1584,7 @@ def test_another_architecture_is_refused(tmp_path):
         refused(scflow.load, path)
 
 
-# ═══ 10. Measures ═══════════════════════════════════════════════════════════════════════════
+# ═══ 11. Measures ═══════════════════════════════════════════════════════════════════════════
 
 
 @pytest.mark.parametrize("d, error", [(2, 3e-4), (3, 1e-5)])
