@@ -1853,6 +1853,10 @@ ERRORS = {
     "ablation of an unknown row": (["ablate", "--rows", "main", "papers"], "papers"),
     "ablation with a bad flag": (["ablate", "--rows", "--lamda-self 1"], "--lamda-self"),
     "teacher of no run": (["--teacher-from", "nowhere"], "nowhere"),
+    "guidance without labels": (["--guidance", "2"], "no labels"),
+    "guidance in words": (["--dataset", "labelled", "--guidance", "much"], "much"),
+    "dropping everything": (["--dataset", "labelled", "--teacher-drop", "1"], "teacher_drop"),
+    "resume of no scale": (["--dataset", "labelled", "--resume"], "nothing to resume"),
 }
 
 
@@ -2229,6 +2233,62 @@ def test_ablation_averages_over_data_sets_before_it_takes_deviations():
     assert "| a (0.00 ± 0.10) | one | 2.00 ± 1.41 |" in text
     assert "| mean of 2 | one | 6.25 ± 0.35 |" in text  # of 6 and 6.5
     assert "| two | one | ×0.84, 4/4, " in text
+
+
+@pytest.fixture(scope="module")
+def guided_runs(tmp_path_factory):
+    """A short labelled run of two scales: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("guided") / "run"
+    argv = ["--dataset", "labelled", "--guidance", "1", "3", "--out", folder, "--quiet"]
+    assert toy(*argv, *SHORT) == 0
+    return folder, [*argv, *SHORT]
+
+
+def test_every_guidance_scale_has_a_student_and_all_share_a_teacher(guided_runs, capsys):
+    """Two run folders with one teacher bitwise and two students; a row for each measure; again: refused."""
+    folder, argv = guided_runs
+    one, three = (folder / f"guidance-{scale}" for scale in (1, 3))
+    assert (one / "teacher.pt").read_bytes() == (three / "teacher.pt").read_bytes()
+    assert not equal_weights(one / "student.pt", three / "student.pt")
+    assert scflow.load(three / "student.pt").words.tokens == (1, 3)
+    rows = list(tables((folder / "guidance.md").read_text(encoding="utf-8")))
+    assert len(rows) == 2 * 9 and {row["guidance"] for row in rows} == {"1", "3"}
+    for row in rows:
+        values = [float(row[label]) for label in ("1", "2", "3", "mean")]
+        assert abs(np.mean(values[:3]) - values[3]) < 0.011
+    assert Image.open(folder / "guidance.png").size[1] > 300
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")}
+    assert toy(*argv) == 2 and "--overwrite" in capsys.readouterr().err
+    assert toy(*argv, "--resume") == 0 and before == {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")}
+    assert toy("plot", "--out", one) == 2 and "guidance.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_a_guided_student_learns_from_its_teachers_samples_or_from_the_data(source, tmp_path, monkeypatch):
+    """What distillation draws, with its labels: 50-step samples of the guided teacher, or the data set's own rows.
+
+    Energy distances to the two, at w = 4, where they are far apart: below 0.03 and above 0.3 (5 or more sd either way).
+    """
+    seen, distil = [], scflow.distill
+
+    def spy(teacher, disc, batch, generator, *rest, **options):
+        seen.extend((teacher, batch))
+        return distil(teacher, disc, batch, generator, *rest, **options)
+
+    monkeypatch.setattr(scflow, "distill", spy)
+    short = ["--teacher", "exact", "--teacher-steps", 5, "--student-steps", 2, "--samples", 50, "--quiet"]
+    short += ["--figures", "none", "--out", tmp_path / "run"]
+    assert toy("--dataset", "labelled", "--guidance", 4, "--learn-from", source, *short) == 0
+    teacher, batch = seen
+    x0, cond = batch(1500, gen())
+    data = toy_2d.dataset("labelled")
+    pool, k = data.sample(6000, gen(1))
+    for label in (1, 2, 3):
+        ours, mine = x0[cond[:, 0] == label], pool[data.labels[k] == label]
+        noise = torch.randn(500, 2, generator=gen(2))
+        goal = sample(teacher, noise, 50, cond=torch.full((500, 1), label))
+        near, far = (scflow.EnergyDistance(y)(ours) for y in ((goal, mine) if source == "teacher" else (mine, goal)))
+        assert near < 0.03 and far > 0.3
 
 
 def test_bench_gives_every_method_the_same_budget_and_repeats_no_run(tmp_path, monkeypatch, capsys):

@@ -438,8 +438,8 @@ FIRST, LAST = celeba_latent.SCHEDULES["two_phase"]
 PRESETS = {  # network, teacher, student
     "cpu": (
         dict(dim=128, depth=4, heads=4),
-        scflow.TeacherSettings(6000, 32, 2e-3),
-        (replace(FIRST, steps=2000), replace(LAST, steps=500)),
+        scflow.TeacherSettings(4000, 32, 2e-3),
+        (replace(FIRST, steps=1500), replace(LAST, steps=400)),
     ),
     "gpu": (
         dict(dim=384, depth=8, heads=6),
@@ -455,7 +455,7 @@ class Captions(celeba_latent.Folder):
 
     seeds: tuple = option((0,), "seeds, a run folder each; finished ones are read back")
     preset: str = option("", "size and length [gpu on CUDA, else cpu]", choices=tuple(PRESETS))
-    guidance: float = option(3.0, "guidance scale of the teacher that is distilled")
+    guidance: float = option(2.0, "guidance scale of the teacher that is distilled")
     samples: int = option(2000, "pictures that are read and compared; a quarter as many of held-out combinations")
     save_every: int = option(500, "updates between checkpoints")
     out: str = option("runs/captions", "folder of the run folders")
@@ -619,7 +619,6 @@ def train_command(argv):
     """Train, distil and measure; a table over the seeds."""
     asked = Captions(**toy_2d.cli(argv, train_command.__doc__, Captions)[0])
     asked = replace(asked, preset=asked.preset or ("gpu" if asked.device.startswith("cuda") else "cpu"))
-    torch.set_num_threads(torch.get_num_threads())
     done = [run_one(asked, seed) for seed in asked.seeds]
     toy_2d.write_text(Path(asked.out, "captions.md"), text := "\n".join(captions_table([m for _, m in done])) + "\n")
     print(text)
