@@ -3110,6 +3110,126 @@ def test_fid_is_taken_between_samples_and_held_out_originals(album, monkeypatch)
         celeba_latent.inception_fid(pictures, data, album / "pictures")
 
 
+# ═══ celeba_latent.py: attributes ═══════════════════════════════════════════════════════════
+
+NAMES = ["Dark_Skin", "Smiling", "Bright"]
+
+
+def attribute_list(folder, names, n_names=3):
+    """A list in CelebA's format for pictures by name, and what it says: ones and minus ones (N,3)."""
+    values = [[1 if (hash_of(name) >> k) % 2 else -1 for k in range(n_names)] for name in names]
+    lines = [f"{name}  {'  '.join(f'{v:2d}' for v in row)}" for name, row in zip(names, values)]
+    text = "\n".join([str(len(names)), " ".join(NAMES[:n_names]), *lines, ""])
+    (folder / "list.txt").write_text(text, encoding="utf-8")
+    return folder / "list.txt", dict(zip(names, values))
+
+
+def hash_of(name):
+    return sum(ord(c) * 31**i for i, c in enumerate(name))
+
+
+@pytest.fixture(scope="module")
+def portrait(album, tmp_path_factory):
+    """The album encoded with a list of three attributes: folder, latents, what the list says; and a guided run."""
+    folder = tmp_path_factory.mktemp("portrait")
+    names = [path.name for path in sorted((album / "pictures").rglob("*")) if path.is_file()]
+    path, said = attribute_list(folder, names)
+    images = ["--images", album / "pictures", "--labels", path, "--out", folder / "latents"]
+    assert faces("encode", *images, *ENCODE) == 0
+    out = ["--out", folder / "run", "--quiet"]
+    assert faces("teacher", "--latents", folder / "latents", "--teacher-steps", 3, *out) == 0
+    assert faces("distill", "--student-steps", 3, "--guidance", 2, *out) == 0
+    return SimpleNamespace(folder=folder, said=said, path=path, images=images)
+
+
+def test_labels_are_those_of_the_pictures_that_were_encoded(portrait, album):
+    """Row by row the list's signs for the picture's name, 1 for −1 and 2 for 1; without a list nothing is kept."""
+    data = celeba_latent.Latents(portrait.folder / "latents")
+    assert data.attributes == NAMES and data.tokens == (3, 2) and len(data.labels) == len(data.meta["sources"]) == 60
+    for name, row in zip(data.meta["sources"], data.labels.tolist()):
+        assert [2 * v - 3 for v in row] == portrait.said[Path(name).name]
+    plain = celeba_latent.Latents(album / "latents")
+    assert plain.attributes == [] and plain.tokens is None and "labels" not in plain.meta
+    assert plain.batch("cpu")(4, gen())[1] is None
+
+
+def test_a_batch_carries_a_random_part_of_its_own_labels(portrait):
+    """What is told of a row is the row's own (its mirror image has the same); from none to all is told, about half."""
+    data = celeba_latent.Latents(portrait.folder / "latents")
+    z, cond = data.batch("cpu")(6000, gen())
+    known = data.normalised(data.train, mirrored=True)
+    rows = torch.cdist(z.flatten(1), known.flatten(1)).argmin(1)
+    truth = data.labels[data.train][rows // data.copies].long()
+    assert ((cond == truth) | (cond == 0)).all() and cond.dtype == torch.int64
+    told = (cond > 0).double()
+    assert (
+        abs(told.mean() - 0.5) < 0.03 and told.all(1).double().mean() > 0.2 and (told == 0).all(1).double().mean() > 0.2
+    )
+
+
+def test_samples_are_asked_for_by_their_attributes(portrait, tmp_path, monkeypatch, capsys):
+    """Other attributes, other pictures of the same noise; unknown names and values are one line; the run is guided."""
+    monkeypatch.chdir(tmp_path)
+    out = ["sample", "--out", portrait.folder / "run/student.pt", "--count", 2, "--file"]
+    for name, given in (
+        ("yes", ["Smiling=1"]),
+        ("no", ["Smiling=0"]),
+        ("both", ["Smiling=1", "Bright=0"]),
+        ("none", []),
+    ):
+        assert faces(*out, f"{name}.npz", *(["--attributes", *given] if given else [])) == 0
+    capsys.readouterr()
+    for given, word in (("Smile=1", "Bright"), ("Smiling=2", "Smiling=0"), ("Smiling", "Smiling=1")):
+        assert faces(*out, "x.npz", "--attributes", given) == 2
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == 1 and not Path("x-1.npz").exists()
+    assert scflow.read(portrait.folder / "run/student.pt")["plan"]["guidance"] == 2
+    assert celeba_latent.wanted(("Bright=0", "Smiling=1"), NAMES, 2).tolist() == [[0, 2, 1]] * 2
+
+
+def test_attributes_reach_the_network_that_samples(portrait, monkeypatch):
+    """The student is called with the tokens asked for, in every batch."""
+    seen, sampler = [], scflow.sample
+    monkeypatch.setattr(
+        scflow, "sample", lambda *a, **k: (seen.append(a[4] if len(a) > 4 else None), sampler(*a, **k))[1]
+    )
+    net, codec = celeba_latent.load_run(portrait.folder / "run/student.pt", "cpu")
+    cond = celeba_latent.wanted(["Smiling=1"], net.attributes, 5)
+    celeba_latent.generate(net, torch.randn(5, *net.shape), 1, codec, batch=2, cond=cond)
+    assert [len(c) for c in seen] == [2, 2, 1] and all((c == cond[: len(c)]).all() for c in seen)
+
+
+LISTS = {
+    "empty": ("", "begin with"),
+    "no names": ("2\n", "begin with"),
+    "no count": ("Smiling\nBright\na.png 1\n", "begin with"),
+    "a value short": ("1\nSmiling Bright\na.png 1\n", "line 3"),
+    "a zero": ("2\nSmiling\na.png 1\nb.png 0\n", "line 4"),
+    "a line short": ("3\nSmiling\na.png 1\nb.png -1\n", "lists 2"),
+    "a picture short": ("1\nSmiling\na.png 1\n", "no line for"),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_a_bad_list_of_labels_is_one_line(case, album, tmp_path, capsys):
+    """It names the file and what is wrong with it, and no folder is made."""
+    text, word = LISTS[case]
+    (tmp_path / "list.txt").write_text(text)
+    images = ["--images", album / "pictures", "--labels", tmp_path / "list.txt", "--out", tmp_path / "new"]
+    assert faces("encode", *images, *ENCODE) == 2
+    said = capsys.readouterr().err
+    assert word in said and "list.txt" in said and said.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_a_run_on_labelled_pictures_refuses_others(portrait, album, tmp_path, capsys):
+    """Latents without the teacher's attributes are refused, and so is a resumption with another guidance."""
+    shutil.copytree(portrait.folder / "run", tmp_path / "run")
+    given = ["distill", "--out", tmp_path / "run", "--student-steps", 3, "--quiet"]
+    assert faces(*given, "--overwrite", "--latents", album / "latents", "--guidance", 2) == 2
+    assert "other attributes" in capsys.readouterr().err
+    assert faces(*given, "--resume", "--guidance", 3) == 2 and faces(*given, "--resume", "--guidance", 2) == 0
+
+
 # ═══ celeba_latent.py: speed ════════════════════════════════════════════════════════════════
 
 
@@ -3293,6 +3413,12 @@ FACES_ERRORS = {
         ["evaluate", "--out", "run", "--count", "1000", "--latents", "other"],
         "another autoencoder",
     ),
+    "guidance without labels": (
+        [*DISTILLING, "moved", "--latents", "latents", "--guidance", "2"],
+        "encode with --labels",
+    ),
+    "attributes without labels": (["sample", "--out", "run", "--attributes", "Smiling=1"], "without --labels"),
+    "missing list of labels": ([*ENCODING, "--labels", "nowhere.txt"], "nowhere.txt"),
     "bench of an unknown size": (["bench", "--sizes", "XL"], "XL"),
     "no rounds": (["bench", "--rounds", "0"], "rounds"),
 }

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-sys.path[:0] = [".", ".."]  # a clone holds scflow.py here or one folder up
+# A clone holds scflow.py here, or one folder up; as a program this runs from anywhere.
+sys.path[:0] = [".", "..", str(Path(globals().get("__file__", "x/y")).resolve().parents[1])]
 try:
     import celeba_latent
     import scflow
