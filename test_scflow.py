@@ -3484,6 +3484,140 @@ def test_notebooks_are_their_sources_executed(source):
     assert path.stat().st_size < 1_000_000
 
 
+# ═══ Notebook 7: prompts and guidance ═══════════════════════════════════════════════════════
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """The source of the notebook as a module, with the smallest networks."""
+    module = toy_2d.notebook("07_prompts_and_guidance")
+    first, last = (replace(p, steps=3, batch=4) for p in module.PRESETS["cpu"][2])
+    dims = dict(dim=16, depth=1, heads=2)
+    module.PRESETS = {name: (dims, TeacherSettings(4, 8, 1e-3), (first, last)) for name in module.PRESETS}
+    return module
+
+
+def test_the_reader_reads_what_was_drawn(prompts):
+    """At least 99.9% of 3,000 pictures of seen and unseen sentences, and after rounding to bytes."""
+    g = gen()
+    numbers = torch.cat([prompts.pick(2000, g), prompts.pick(1000, g, unseen=True)])
+    pictures = prompts.draw(prompts.SCENES[numbers], g)
+    assert pictures.min() >= 0 and pictures.max() <= 1
+    assert prompts.accuracy(numbers, (255 * pictures).round() / 255) >= 0.999
+
+
+def test_the_reader_notices_every_kind_of_mistake(prompts):
+    """At most 0.1% of pictures of a scene that differs in one thing alone pass for the sentence, for each thing."""
+    g = gen(1)
+    numbers = prompts.pick(700, g)
+    scenes = prompts.SCENES[numbers]
+    numbers = numbers[(scenes[:, 3] > 0) & (scenes[:, :3] != scenes[:, 4:]).any(1)]
+    for name, change in prompts.mistakes().items():
+        wrong = change(prompts.SCENES[numbers])
+        told = (wrong != prompts.SCENES[numbers]).any(1)
+        assert told.sum() > 200 and prompts.accuracy(numbers[told], prompts.draw(wrong[told], g)) <= 0.001, name
+
+
+@pytest.mark.parametrize("damage", ["noise", "a blot", "half a shape", "an empty ground", "another blue"])
+def test_the_reader_passes_no_damaged_picture(prompts, damage):
+    """Of 300 damaged pictures at most 2% pass (a blot may fall on a shape, half a square may look like a shape)."""
+    g = gen(2)
+    numbers = prompts.pick(300, g)
+    x = prompts.draw(prompts.SCENES[numbers], g)
+    if damage == "noise":
+        x = torch.rand(x.shape, generator=g)
+    elif damage == "a blot":
+        x[:, :, :4, :4] = prompts.PALETTE[0][:, None, None]
+    elif damage == "half a shape":
+        inside = (x - x[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.3
+        x = torch.where(inside & (torch.arange(32)[:, None] % 8 < 4), x[:, :, :1, :1], x)
+    elif damage == "an empty ground":
+        x = x[:, :, :1, :1].expand_as(x)
+    else:
+        x = 0.35 * x
+    assert prompts.accuracy(numbers, x) <= 0.02
+
+
+def test_sentences_and_scenes_are_the_same_thing(prompts):
+    """Each of the 2,328 scenes has a sentence of its own, which is parsed back; the tokens are its words in order."""
+    assert len(prompts.SENTENCES) == len(prompts.SCENES) == 24 + 4 * 24**2 == len(prompts.TOKENS.unique(dim=0))
+    for text, number in list(prompts.SENTENCES.items())[::37]:
+        assert prompts.parse(text) == number == prompts.parse(f"{text.capitalize()}.")
+        assert prompts.sentence(prompts.SCENES[number].tolist()) == text
+        words = [prompts.WORDS[token - 1] for token in prompts.TOKENS[number].tolist() if token]
+        assert " ".join(words) == text
+    assert prompts.TOKENS.max() == len(prompts.WORDS) and prompts.TOKENS.shape[1] == prompts.LENGTH
+
+
+def test_held_out_combinations_are_never_trained_on(prompts):
+    """Of 20,000 drawn sentences none names one; of as many asked for, every one does; the rest are all drawn from."""
+    pairs = [f"{colour} {shape}" for colour, shape in prompts.HELD_OUT]
+    named = torch.tensor([any(pair in text for pair in pairs) for text in prompts.SENTENCES])
+    assert torch.equal(named, prompts.UNSEEN) and 0.2 < named.double().mean() < 0.4
+    seen, unseen = prompts.pick(20000, gen()), prompts.pick(20000, gen(), unseen=True)
+    assert not named[seen].any() and named[unseen].all()
+    assert len(seen.unique()) > 0.95 * (~named).sum()
+    assert abs((prompts.SCENES[seen, 3] == 0).double().mean() - 0.2) < 0.05
+
+
+@pytest.mark.parametrize(
+    "prompt, word",
+    [("a purple circle", "yellow"), ("a red circle", "SIZE"), ("", "SIZE"), ("a small red circle above", "RELATION")],
+)
+def test_a_prompt_outside_the_grammar_is_refused(prompts, prompt, word, tmp_path, monkeypatch, capsys):
+    """One line: of an unknown word the vocabulary, else the grammar; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    commands = dict(sample=prompts.sample_command)
+    assert toy_2d.main(["sample", "--prompt", prompt], commands, None, "prompts") == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_following_the_guided_flow_does_not_sample_the_tilted_density(prompts):
+    """At w = 1 they agree within 0.01 (floor 0.003), at w = 2 they are 0.1 apart; the grid draws p₀(x|c) itself at 1."""
+    mixture, g, n = toy_2d.dataset("labelled"), gen(), 1500
+    for label in (1, 2, 3):
+        cond, distance = torch.full((n, 1), label), {}
+        for scale in (1.0, 2.0):
+            goal = scflow.EnergyDistance(prompts.tilted(mixture, label, scale, n, g))
+            flow = sample(scflow.guided(mixture, scale), torch.randn(n, 2, generator=g), 30, "heun", cond)
+            distance[scale] = goal(flow)
+        assert abs(distance[1.0]) < 0.01 and distance[2.0] > 0.1
+        truth = prompts.of_label(mixture, label).sample(n, g)[0]
+        assert abs(scflow.EnergyDistance(truth)(prompts.tilted(mixture, label, 1.0, n, g))) < 0.01
+
+
+def test_captions_are_learned_measured_resumed_and_drawn(prompts, tmp_path, monkeypatch, capsys):
+    """Two tiny seeds: a table with every network and count, a sheet, `sample`; resumed, nothing is computed again."""
+    monkeypatch.chdir(tmp_path)
+    commands = dict(train=prompts.train_command, sample=prompts.sample_command)
+
+    def program(*argv):
+        return toy_2d.main(list(map(str, argv)), commands, "train", "prompts")
+
+    given = ["--seeds", 0, 1, "--samples", 200, "--device", "cpu", "--quiet", "--out", "run"]
+    assert program(*given) == 0
+    rows = list(tables(Path("run/captions.md").read_text(encoding="utf-8")))
+    counts = [(row["network"], row["evaluations"]) for row in rows]
+    teacher, student = (
+        [(who, n) for n in ns] for who, ns in (("teacher, unguided", ("1", "2", "4", "50")), ("student", "1248"))
+    )
+    assert counts == [("truth", ""), *teacher, ("teacher, guided", "100"), *student]
+    assert (
+        rows[0]["accuracy"] == rows[0]["held-out combinations"] == "100.0 ± 0.0%"
+        and rows[1]["accuracy"] == "0.0 ± 0.0%"
+    )
+    assert Image.open("run/seed-0/prompts.png").size[0] > 500
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*.pt")}
+    assert len(before) == 4 and program(*given) == 2 and "--overwrite" in capsys.readouterr().err
+    assert program(*given, "--resume") == 0 and before == {p: p.stat().st_mtime_ns for p in Path("run").rglob("*.pt")}
+    assert program("sample", "--out", "run/seed-0", "--steps", 1, 2, "--count", 3, "--device", "cpu") == 0
+    assert Image.open("prompt.png").size == (3 * 128, 2 * 128)
+    assert (
+        program("sample", "--out", "run/seed-0/teacher.pt", "--prompt", "a large blue circle", "--device", "cpu") == 0
+    )
+
+
 # ═══ README.md ══════════════════════════════════════════════════════════════════════════════
 
 COMMANDS = re.findall(r"^(?:pip install .* && )?python (toy_2d\.py.*)$", README, re.M)  # in blocks, and in sentences

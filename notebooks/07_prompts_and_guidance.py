@@ -45,6 +45,7 @@ except ImportError:  # a hosted notebook: fetch it once
     import toy_2d
 
 option, require = scflow.option, scflow.require
+LECTURE = __name__ == "__main__" and "ipykernel" in sys.modules  # as a program, or imported, it draws no lecture
 
 # %% [markdown]
 # ## Guidance in the plane
@@ -180,7 +181,7 @@ def draw_guidance(folders):
 
 
 # %%
-if __name__ == "__main__":  # not where toy_2d.py or the tests import the functions
+if LECTURE:
     mixture = toy_2d.dataset("labelled")
     figure, axes = plt.subplots(3, 2, figsize=(5.6, 8.4))
     for row, scale in zip(axes, (1, 2, 4)):
@@ -254,6 +255,7 @@ def parse(prompt):
 def pick(n, generator=None, unseen=False):
     """Numbers (n,) of random scenes, a fifth of them of one object; seen in training, or with what is held out."""
     chance = torch.where(SCENES[:, 3] > 0, 0.8 / (24**2 * 4), 0.2 / 24) * (UNSEEN == unseen)
+    chance = chance.to(generator.device if generator else "cpu")
     return torch.multinomial(chance, n, replacement=True, generator=generator)
 
 
@@ -264,7 +266,7 @@ def cover(x, y, radius, shape):
     square = 0.9 * r - torch.maximum(x.abs(), y.abs())
     triangle = torch.minimum(0.95 * r - y, (y + 0.95 * r) / 2 - math.sqrt(0.75) * x.abs())  # equal sides, apex up
     inside = torch.stack([circle, square, triangle], 1)  # distance to the edge, (B,3,32,32)
-    return (inside[torch.arange(len(shape)), shape] + 0.5).clamp(0, 1)
+    return (inside[torch.arange(len(shape), device=shape.device), shape] + 0.5).clamp(0, 1)
 
 
 GRID = torch.arange(SIDE) + 0.5
@@ -272,30 +274,33 @@ PALETTE = torch.tensor([*COLOURS.values()])  # (4,3)
 
 
 def draw(scenes, generator=None):
-    """Pictures (B,3,32,32) in [0,1] of scenes (B,7)."""
-    n, relation = len(scenes), scenes[:, 3:4]
+    """Pictures (B,3,32,32) in [0,1] of scenes (B,7), where the scenes are."""
+    n, relation, device = len(scenes), scenes[:, 3:4], scenes.device
+    grid, palette = GRID.to(device), PALETTE.to(device)
 
     def between(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        return low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
 
     picture = between(0.8, 1.0)[:, None, None, None].expand(n, 3, SIDE, SIDE)
-    along = torch.tensor([(0, 0), *RELATIONS.values()])[relation[:, 0]]  # (B,2), from the first to the second
+    along = torch.tensor([(0, 0), *RELATIONS.values()], device=device)[
+        relation[:, 0]
+    ]  # (B,2), from the first to the second
     step = torch.where(along != 0, along * between(15.5, 16.5, 1), between(-2, 2, 1)) * (relation > 0)
     centre = SIDE / 2 + torch.where(relation > 0, between(-0.5, 0.5, 2), between(-2, 2, 2))
-    small, large = torch.tensor([*SIZES.values()]).T
+    small, large = torch.tensor([*SIZES.values()], device=device).T
     for (size, colour, shape), where, there in (
-        (scenes[:, :3].T, centre - step / 2, torch.ones(n)),
+        (scenes[:, :3].T, centre - step / 2, relation[:, 0] >= 0),
         (scenes[:, 4:].T, centre + step / 2, relation[:, 0] > 0),
     ):
         radius = small[size] + (large - small)[size] * between(0, 1)
-        rgb = (PALETTE[colour] + between(-0.06, 0.06, 3)).clamp(0, 1)
-        mask = cover(GRID - where[:, :1], GRID - where[:, 1:], radius, shape) * there[:, None, None]
+        rgb = (palette[colour] + between(-0.06, 0.06, 3)).clamp(0, 1)
+        mask = cover(grid - where[:, :1], grid - where[:, 1:], radius, shape) * there[:, None, None]
         picture = picture + mask[:, None] * (rgb[:, :, None, None] - picture)
     return picture
 
 
 # %%
-if __name__ == "__main__":
+if LECTURE:
     chosen = pick(8, torch.Generator().manual_seed(0))
     figure, axes = plt.subplots(2, 4, figsize=(11, 6))
     for ax, number, picture in zip(axes.flat, chosen, draw(SCENES[chosen], torch.Generator().manual_seed(0))):
@@ -414,7 +419,7 @@ def mistakes():
     return made | {"relation": turned, "colours swapped": crossed, "one missing": alone}
 
 
-if __name__ == "__main__":
+if LECTURE:
     generator = torch.Generator().manual_seed(0)
     numbers = pick(4000, generator)
     print(f"read as drawn: {accuracy(numbers, draw(SCENES[numbers], generator)):.2%}")
@@ -482,6 +487,18 @@ def encode(codec, pictures):
     return (codec.net.encode(pictures) - codec.mean) / codec.std
 
 
+def captions(codec):
+    """`batch(n, generator)` of latents (n,64,4,4) and their tokens (n,10), drawn as they are needed."""
+    words, scenes = TOKENS.to(codec.device), SCENES.to(codec.device)
+
+    def batch(n, generator):
+        numbers = pick(n, generator)
+        z = encode(codec, draw(scenes[numbers], generator))
+        return z, words[numbers]
+
+    return batch
+
+
 class Log:
     """The past of a run: losses of every tenth update."""
 
@@ -510,12 +527,7 @@ def run_one(asked, seed):
     generator = torch.Generator(device).manual_seed(seed)
     net = scflow.DiT(shape, 1, **dims, tokens=tokens).to(device)
     disc = scflow.LatentDiscriminator(shape, tokens=tokens).to(device)
-    words, scenes = TOKENS.to(device), SCENES.to(device)
-
-    def batch(n, generator):
-        numbers = pick(n, generator)
-        return encode(codec, draw(scenes[numbers], generator)), words[numbers]
-
+    batch = captions(codec)
     start = partial(scflow.train_teacher, net, batch, generator, settings, None)
     teacher = toy_2d.stage("teacher", run, folder, log, net, start, settings.teacher_steps, codec=content)
     guided = scflow.guided(teacher, run.guidance)
@@ -523,7 +535,8 @@ def run_one(asked, seed):
     total = sum(p.steps for p in schedule)
     student = toy_2d.stage("student", run, folder, log, teacher, lambda r: loop(resume=r), total, codec=content)
     metrics = config | dict(rows=measure(asked, codec, teacher, student), machine=toy_2d.machine())
-    prompt_sheet(folder / "prompts.png", codec, teacher, student, run.guidance)
+    toy_2d.drawing()
+    prompt_sheet(codec, teacher, student, run.guidance).savefig(folder / "prompts.png", dpi=80)
     toy_2d.write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
 
@@ -583,11 +596,26 @@ SHEET = (
 )
 
 
-def prompt_sheet(path, codec, teacher, student, scale):
-    """A row for each sentence: a true drawing, and samples of one noise."""
-    numbers = torch.tensor([parse(prompt) for prompt in SHEET])
+def sheet(columns, prompts, figsize):
+    """A figure with a row for each sentence and a column {title: pictures} for each network."""
+    figure, axes = plt.subplots(len(prompts), len(columns), figsize=figsize, layout="constrained")
+    for row, prompt, pictures in zip(axes, prompts, zip(*columns.values())):
+        unseen = " *" * bool(UNSEEN[parse(prompt)])
+        first, *rest = prompt.split(" a ")
+        text = "\na ".join([first, *rest]) + unseen
+        row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=10)
+        for ax, picture in zip(row, pictures):
+            ax.imshow(picture.permute(1, 2, 0))
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], columns):
+        ax.set_title(title, fontsize=10)
+    return figure
+
+
+def prompt_sheet(codec, teacher, student, scale):
+    """A row for each sentence of SHEET: a true drawing, and samples of one noise."""
+    numbers, guided = torch.tensor([parse(prompt) for prompt in SHEET]), scflow.guided(teacher, scale)
     columns = {"drawn": (255 * draw(SCENES[numbers], torch.Generator().manual_seed(1))).byte()}
-    guided = scflow.guided(teacher, scale)
     for title, net, steps in (
         ("teacher\n50 steps", teacher, 50),
         (f"guided, w = {scale:g}\n50 steps", guided, 50),
@@ -597,19 +625,62 @@ def prompt_sheet(path, codec, teacher, student, scale):
         ("student\n4 steps", student, 4),
     ):
         columns[title] = paint(codec, net, numbers, steps, seed=1)
-    plt.switch_backend("agg") if "ipykernel" not in sys.modules else None
-    figure, axes = plt.subplots(len(SHEET), len(columns), figsize=(11, 8.6), layout="constrained")
-    for row, prompt, pictures in zip(axes, SHEET, zip(*columns.values())):
-        unseen = " *" * bool(UNSEEN[parse(prompt)])
-        row[0].set_ylabel((prompt + unseen).replace(" a ", "\na ", 1), rotation=0, ha="right", va="center", fontsize=10)
-        for ax, picture in zip(row, pictures):
-            ax.imshow(picture.permute(1, 2, 0))
-            ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axes[0], columns):
-        ax.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=80)
-    return figure
+    return sheet(columns, SHEET, (11, 8.6))
 
+
+# %% [markdown]
+# A few hundred updates of the teacher show in which order things are learned: where something is, then its colour and
+# size, and last which shape. The reader, which wants everything right, passes hardly any of these.
+
+# %%
+if LECTURE:
+    torch.manual_seed(100)
+    dims, settings, _ = PRESETS["cpu"]
+    codec, generator = celeba_latent.Codec(codec_of()), torch.Generator().manual_seed(100)
+    net = scflow.DiT((64, 4, 4), 1, **dims, tokens=(LENGTH, len(WORDS)))
+    numbers, columns = torch.tensor([parse(prompt) for prompt in SHEET[:4]]), {}
+    for run in scflow.train_teacher(net, captions(codec), generator, replace(settings, teacher_steps=450)):
+        if run.step % 150 == 0:
+            columns[f"{run.step} updates"] = paint(codec, scflow.guided(run.ema, 2.0), numbers, 20, seed=1)
+    sheet(columns, SHEET[:4], figsize=(6, 5))
+    plt.show()
+
+# %% [markdown]
+# ## What comes out
+#
+# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2 --out results/captions` trains three teachers and their
+# students, and wrote this table; the sheet is seed 0. Sentences with a star are of combinations that no training saw.
+#
+# ![Prompts and samples](../results/captions/prompts.png)
+
+# %%
+if LECTURE:
+    folder = next(path for path in (Path("results/captions"), Path("../results/captions")) if path.exists())
+    print((folder / "captions.md").read_text(encoding="utf-8"))
+
+# %% [markdown]
+# **Exercise.** When does the guided flow end in the tilted density after all? Take one Gaussian for the velocity
+# without the label, N(0, s²), and another of the same width for that with it, N(m, s²). Where is the mean of what
+# comes out?
+
+
+# %%
+def guided_mean(m, scale):
+    """The mean of the samples that the guided velocity of N(0,s²) and N(m,s²) ends in."""
+    # your answer
+    return scale * m
+
+
+# %%
+pair = [scflow.GaussianMixture([[mean, 0.0]], 0.5) for mean in (0.0, 1.2)]
+both = lambda x, t, cond: torch.where(cond > 0, pair[1](x, t), pair[0](x, t))  # noqa: E731
+noise, label = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)), torch.ones(4000, 1, dtype=torch.int64)
+for scale in (0.5, 1.0, 3.0):
+    x = scflow.sample(scflow.guided(both, scale), noise, 100, "heun", label)
+    mean, width = x.mean(0), x.std(0)
+    assert abs(mean[0] - guided_mean(1.2, scale)) < 0.05 and (width - 0.5).abs().max() < 0.05
+# Velocities of Gaussians of one width are linear in their means: v_w is the velocity of N(w·m, s²), the tilted density,
+# at every t. It takes more than one Gaussian, or other widths, for the two to part.
 
 # %% [markdown]
 # ## Commands
@@ -619,6 +690,7 @@ def prompt_sheet(path, codec, teacher, student, scale):
 def train_command(argv):
     """Train, distil and measure; a table over the seeds."""
     asked = Captions(**toy_2d.cli(argv, train_command.__doc__, Captions)[0])
+    require(asked.samples >= 200, f"{asked.samples} samples are too few for a Fréchet distance: give 200 or more")
     asked = replace(asked, preset=asked.preset or ("gpu" if asked.device.startswith("cuda") else "cpu"))
     done = [run_one(asked, seed) for seed in asked.seeds]
     toy_2d.write_text(Path(asked.out, "captions.md"), text := "\n".join(captions_table([m for _, m in done])) + "\n")
@@ -654,6 +726,6 @@ def sample_command(argv):
         print(f"{asked.file}: {toy_2d.plural(steps, 'network evaluation')} each, {right:.0%} read back as asked")
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and not LECTURE:
     program = dict(train=train_command, sample=sample_command)
     sys.exit(toy_2d.main(None, program, "train", Path(__file__).name))
