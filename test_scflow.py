@@ -3112,7 +3112,7 @@ def test_fid_is_taken_between_samples_and_held_out_originals(album, monkeypatch)
 
 # ═══ celeba_latent.py: attributes ═══════════════════════════════════════════════════════════
 
-NAMES = ["Dark_Skin", "Smiling", "Bright"]
+NAMES = ["Dark_Skin", "Smiling", "Eyeglasses"]
 
 
 def attribute_list(folder, names, n_names=3):
@@ -3174,17 +3174,17 @@ def test_samples_are_asked_for_by_their_attributes(portrait, tmp_path, monkeypat
     for name, given in (
         ("yes", ["Smiling=1"]),
         ("no", ["Smiling=0"]),
-        ("both", ["Smiling=1", "Bright=0"]),
+        ("both", ["Smiling=1", "Eyeglasses=0"]),
         ("none", []),
     ):
         assert faces(*out, f"{name}.npz", *(["--attributes", *given] if given else [])) == 0
     capsys.readouterr()
-    for given, word in (("Smile=1", "Bright"), ("Smiling=2", "Smiling=0"), ("Smiling", "Smiling=1")):
+    for given, word in (("Smile=1", "Eyeglasses"), ("Smiling=2", "Smiling=0"), ("Smiling", "Smiling=1")):
         assert faces(*out, "x.npz", "--attributes", given) == 2
         said = capsys.readouterr().err
         assert word in said and said.count("\n") == 1 and not Path("x-1.npz").exists()
     assert scflow.read(portrait.folder / "run/student.pt")["plan"]["guidance"] == 2
-    assert celeba_latent.wanted(("Bright=0", "Smiling=1"), NAMES, 2).tolist() == [[0, 2, 1]] * 2
+    assert celeba_latent.wanted(("Eyeglasses=0", "Smiling=1"), NAMES, 2).tolist() == [[0, 2, 1]] * 2
 
 
 def test_attributes_reach_the_network_that_samples(portrait, monkeypatch):
@@ -3574,7 +3574,7 @@ def test_a_prompt_outside_the_grammar_is_refused(prompts, prompt, word, tmp_path
 
 
 def test_following_the_guided_flow_does_not_sample_the_tilted_density(prompts):
-    """At w = 1 they agree within 0.01 (floor 0.003), at w = 2 they are 0.1 apart; the grid draws p₀(x|c) itself at 1."""
+    """At w = 1 they agree within 0.01 (floor 0.003), at w = 2 0.1 apart; the grid draws p₀(x|c) itself at 1."""
     mixture, g, n = toy_2d.dataset("labelled"), gen(), 1500
     for label in (1, 2, 3):
         cond, distance = torch.full((n, 1), label), {}
@@ -3588,16 +3588,18 @@ def test_following_the_guided_flow_does_not_sample_the_tilted_density(prompts):
 
 
 def test_captions_are_learned_measured_resumed_and_drawn(prompts, tmp_path, monkeypatch, capsys):
-    """Two tiny seeds: a table with every network and count, a sheet, `sample`; resumed, nothing is computed again."""
+    """The README's commands: a table with every network and count, a sheet, a prompt; resumed, nothing runs again."""
     monkeypatch.chdir(tmp_path)
     commands = dict(train=prompts.train_command, sample=prompts.sample_command)
 
     def program(*argv):
         return toy_2d.main(list(map(str, argv)), commands, "train", "prompts")
 
-    given = ["--seeds", 0, 1, "--samples", 200, "--device", "cpu", "--quiet", "--out", "run"]
+    written = re.findall(r"^python notebooks/07_prompts_and_guidance.py (.*)$", README, re.M)
+    given, drawn = (shlex.split(command) for command in written)
+    given += ["--samples", 200, "--device", "cpu", "--quiet"]
     assert program(*given) == 0
-    rows = list(tables(Path("run/captions.md").read_text(encoding="utf-8")))
+    rows = list(tables(Path("runs/captions/captions.md").read_text(encoding="utf-8")))
     counts = [(row["network"], row["evaluations"]) for row in rows]
     teacher, student = (
         [(who, n) for n in ns] for who, ns in (("teacher, unguided", ("1", "2", "4", "50")), ("student", "1248"))
@@ -3607,15 +3609,15 @@ def test_captions_are_learned_measured_resumed_and_drawn(prompts, tmp_path, monk
         rows[0]["accuracy"] == rows[0]["held-out combinations"] == "100.0 ± 0.0%"
         and rows[1]["accuracy"] == "0.0 ± 0.0%"
     )
-    assert Image.open("run/seed-0/prompts.png").size[0] > 500
-    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*.pt")}
-    assert len(before) == 4 and program(*given) == 2 and "--overwrite" in capsys.readouterr().err
-    assert program(*given, "--resume") == 0 and before == {p: p.stat().st_mtime_ns for p in Path("run").rglob("*.pt")}
-    assert program("sample", "--out", "run/seed-0", "--steps", 1, 2, "--count", 3, "--device", "cpu") == 0
+    assert Image.open("runs/captions/seed-0/prompts.png").size[0] > 500
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.pt")}
+    assert len(before) == 6 and program(*given) == 2 and "--overwrite" in capsys.readouterr().err
+    assert program(*given, "--resume") == 0
+    assert before == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.pt")}
+    assert program(*drawn, "--steps", 1, 2, "--count", 3, "--device", "cpu") == 0
     assert Image.open("prompt.png").size == (3 * 128, 2 * 128)
-    assert (
-        program("sample", "--out", "run/seed-0/teacher.pt", "--prompt", "a large blue circle", "--device", "cpu") == 0
-    )
+    out = ["--out", "runs/captions/seed-0/teacher.pt", "--device", "cpu"]
+    assert program("sample", "--prompt", "a large blue circle", *out) == 0
 
 
 # ═══ README.md ══════════════════════════════════════════════════════════════════════════════
@@ -3655,18 +3657,20 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", FACES)
-def test_readme_commands_on_faces_run(command, album, faces_demo, tmp_path, monkeypatch):
-    """As written, but for the pictures, the autoencoder, and step and size flags."""
+def test_readme_commands_on_faces_run(command, album, portrait, faces_demo, tmp_path, monkeypatch):
+    """As written, but for the pictures, their labels, the autoencoder, and step and size flags."""
     monkeypatch.chdir(tmp_path)
     name, *argv = shlex.split(command)[1:]
+    instead = {"--images": album / "pictures", "--labels": portrait.path, "--autoencoder": "pca"}
     for i, flag in enumerate(argv):
-        if flag in ("--images", "--autoencoder"):
-            argv[i + 1] = {"--images": str(album / "pictures"), "--autoencoder": "pca"}[flag]
+        if flag in instead:
+            argv[i + 1] = str(instead[flag])
+    made = portrait.folder if {"--guidance", "--attributes"} & {*argv} else album
     out = Path(argv[argv.index("--out") + 1] if "--out" in argv else "runs/demo")
     if name == "teacher":
         shutil.copytree(album / "latents", argv[argv.index("--latents") + 1])
     elif name in ("distill", "sample"):
-        shutil.copytree(album / "run", out)
+        shutil.copytree(made / "run", out)
         (out / "student.pt").unlink() if name == "distill" else None
     elif name == "evaluate":
         shutil.copytree(faces_demo.run, out)

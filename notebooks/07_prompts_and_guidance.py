@@ -648,7 +648,7 @@ if LECTURE:
 # %% [markdown]
 # ## What comes out
 #
-# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2 --out results/captions` trains three teachers and their
+# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2` trains three teachers and their
 # students, and wrote this table; the sheet is seed 0. Sentences with a star are of combinations that no training saw.
 #
 # ![Prompts and samples](../results/captions/prompts.png)
