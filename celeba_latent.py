@@ -678,7 +678,8 @@ def teacher_command(argv):
     torch.manual_seed(run.seed)  # initial weights
     net, batch = run.place(scflow.DiT(data.shape, run.patch, **dims, tokens=data.tokens)), data.batch(run.device)
     config = dict(latents=run.latents, codec=codec.hash, size=run.size, patch=run.patch, seed=run.seed)
-    folder = open_folder(run.out, "faces", run.resume, run.overwrite, config | asdict(settings))
+    config |= {k: v for k, v in asdict(settings).items() if data.attributes or k != "teacher_drop"}
+    folder = open_folder(run.out, "faces", run.resume, run.overwrite, config)
 
     def draw(state):
         compare(folder / "teacher.png", data, codec, teacher=(state.ema, (1, 50)))

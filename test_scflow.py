@@ -2235,6 +2235,13 @@ def test_ablation_averages_over_data_sets_before_it_takes_deviations():
     assert "| two | one | ×0.84, 4/4, " in text
 
 
+def test_a_run_without_labels_has_the_settings_it_always_had(finished):
+    """Nothing about guidance is written to its config.json, so that older runs go on with --resume."""
+    config = json.loads((finished / "runs/8gaussians/config.json").read_text())
+    assert {"guidance", "learn_from", "teacher_drop"}.isdisjoint(config | config["teacher_settings"])
+    assert set(config["teacher_settings"]) == {"teacher_steps", "teacher_batch", "teacher_lr"}
+
+
 @pytest.fixture(scope="module")
 def guided_runs(tmp_path_factory):
     """A short labelled run of two scales: its folder, and what it printed."""

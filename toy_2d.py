@@ -216,7 +216,6 @@ def check_device(name):
 
 
 # What does not change the numbers may differ between a run and its resumption.
-GUIDED = ("guidance", "learn_from")  # only where there are labels
 COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every", "teacher_from")
 
 
@@ -418,8 +417,10 @@ def train(run, settings, schedule):
     require(not others, "one guidance scale a run")
     require(labels is not None or scale == 1, f"{run.dataset} has no labels to guide by: give --dataset labelled")
     config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
-    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC + (labels is None) * GUIDED}
-    config |= {} if labels is None else dict(guidance=scale)
+    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC} | dict(guidance=scale)
+    for part, names in ((config, ("guidance", "learn_from")), (config["teacher_settings"], ("teacher_drop",))):
+        for name in names if labels is None else ():  # without labels a run is what it was before there were any
+            del part[name]
     known = finished_teacher(Path(run.teacher_from), config) if run.teacher_from else []
     folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
     if run.resume and (folder / "metrics.json").exists():

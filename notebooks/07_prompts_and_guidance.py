@@ -440,8 +440,8 @@ if LECTURE:
 # the data are what both should look like.
 
 # %%
-# The schedule of the faces, with pinned rows in both phases, and a critic that learns slowly: one that soon knows
-# every sample from the data costs more prompts than it repairs (at four times the rate, one in twenty).
+# The schedule of the faces, with pinned rows in both phases, and a critic that learns slowly: one that soon tells
+# every sample from the data pulls the student away from its guided teacher, and from the prompt.
 FIRST, LAST = (replace(p, lr_disc=5e-5) for p in celeba_latent.SCHEDULES["two_phase"])
 PRESETS = {  # network, teacher, student
     "cpu": (
