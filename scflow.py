@@ -13,6 +13,7 @@ student is trained to jump, and to land in the same place however many steps it 
     │ f(x,t)           x − t·v(x,t), `predict_x0`: where the point would land        │
     │ φ, θ, θ⁻         `teacher` (frozen), `student`, `target` (fast EMA of θ)       │
     │ x̂₀ = x0_hat      f_θ(x₁,1), the one-step sample                                │
+    │ c = cond         tokens (B,L): labels or words from 1 on, 0 for none           │
     └────────────────────────────────────────────────────────────────────────────────┘
     t has shape (B,) everywhere. f(x,0) = x whatever the weights are.
 
