@@ -730,7 +730,8 @@ def distill_command(argv):
         velocity = scflow.guided(own, run.guidance)
 
     def draw(state):
-        compare(folder / "student.png", data, codec, teacher=(velocity, (1, 50)), student=(state.ema, (1, 2, 4)))
+        plain = scflow.guided(teacher, run.guidance) if names else teacher  # which is not compiled
+        compare(folder / "student.png", data, codec, teacher=(plain, (1, 50)), student=(state.ema, (1, 2, 4)))
 
     costs = [(p.steps, p.batch, scflow.distill_flops(teacher, disc, p, p.steps - 1, bool(names))) for p in schedule]
     log = Log(run, content["journal"]["rows"], costs, [*7 * [teacher], *3 * [disc]], draw)
@@ -831,13 +832,17 @@ def evaluate_command(argv):
     if data.attributes:  # asked for as often as they are found
         require(student.attributes == data.attributes, f"{data.folder} has other attributes than {folder} learned from")
         cond = data.cond(data.train[torch.randint(len(data.train), (n,), generator=generator)])
-    for who, net, counts in (("teacher", teacher, (1, 50)), ("student", student, (1, 2, 4, 8))):
+    networks = {"teacher": (teacher, (1, 50)), "student": (student, (1, 2, 4, 8))}
+    if (scale := scflow.read(folder / "student.pt")["plan"].get("guidance", 1)) != 1:
+        networks[f"teacher, guided at {scale:g}"] = scflow.guided(teacher, scale), (50,)
+    for who, (net, counts) in networks.items():
         first = generate(net, noise, 1, codec, cond=cond)
         for steps in counts:
             pictures = first if steps == 1 else generate(net, noise, steps, codec, cond=cond)
             ours = features_of(pictures)
             distance, index = scflow.neighbours(measure.spaces(*ours)["layout"], seen)
-            row = dict(who=who, nfe=steps, **measure(*ours), novelty=(distance.median() / usual).item())
+            passes = steps * (1 + ("guided" in who))
+            row = dict(who=who, nfe=passes, **measure(*ours), novelty=(distance.median() / usual).item())
             row["gap"] = scflow.rms_distance(pictures / 255, first / 255) / math.sqrt(first[0].numel())
             rows.append(row | ({"fid": inception_fid(pictures, data, asked.fid)} if asked.fid else {}))
             if (who, steps) == ("student", 1):

@@ -134,20 +134,22 @@ def refuse(cond):
 
 
 def check_tokens(cond, shape, words):
-    """Raise ValueError unless a condition is a tensor of integers of that shape, from 0 to `words`."""
+    """Raise ValueError unless a condition (B,L) has integers of that shape and, as far as a CPU sees, up to `words`."""
     good = not cond.is_floating_point() and cond.shape == shape
     require(good, f"a condition is whole numbers of shape {tuple(shape)}, not {cond.dtype} {tuple(cond.shape)}")
-    if cond.device.type == "cpu":  # a look at the values would keep a GPU waiting
-        low, high = cond.aminmax() if cond.numel() else (0, 0)
-        require(low >= 0 and high <= words, f"tokens lie between 0 and {words}, not between {low} and {high}")
+    # Values are looked at on a CPU only, for a GPU would be kept waiting: there an unknown token passes for another.
+    low, high = cond.aminmax() if cond.device.type == "cpu" and cond.numel() else (0, 0)
+    require(low >= 0 and high <= words, f"tokens lie between 0 and {words}, not between {low} and {high}")
 
 
 def guided(net, scale):
     """Classifier-free guidance (Ho & Salimans, 2022): the velocity v(x,t) + w·(v(x,t,c) − v(x,t)), w = `scale`.
 
-    Both terms are one pass of 2B rows. w = 1 is the conditional velocity, w = 0 the unconditional one. At each t the
-    score of v is that of p_t(x)^(1−w)·p_t(x|c)^w; these are not the marginals of one flow, so that following v from
-    noise does not sample the tilted p₀. As a teacher it has no weights: give `distill` student=net as well.
+    It is called as networks are, with x (B,…), t (B,) and a condition (B,L), without which it raises ValueError, and
+    makes one pass of 2B rows. w = 1 is the conditional velocity, w = 0 the unconditional one. At each t the score of v
+    is that of p_t(x)^(1−w)·p_t(x|c)^w; these are not the marginals of one flow, so that following v from noise does
+    not sample the tilted p₀. As a teacher it has no weights: give `distill` student=net as well. That student knows
+    the conditions it was given and no more: the velocity without any is its teacher's affair.
     """
 
     def velocity(x, t, cond=None):
@@ -221,9 +223,9 @@ class GaussianMixture(nn.Module):
         var = ((1 - t) * self.std) ** 2 + t**2
         return ((t - (1 - t) * self.std**2) * x - t * mean) / var
 
-    def flow_map(self, x, t, steps=200):
+    def flow_map(self, x, t, steps=200, cond=None):
         """f*(x,t): follow v* from (x,t) down to t = 0 with a fine Heun solver, (B,d)."""
-        return sample(self, x, steps, "heun", start=t)
+        return sample(self, x, steps, "heun", cond, start=t)
 
 
 # ═══ 5. Settings ════════════════════════════════════════════════════════════════════════════
@@ -354,10 +356,10 @@ def rescale(schedule, steps):
 
 
 class Condition(nn.Module):
-    """Tokens (B,L) → their vectors (B,L,dim), one for every word at every place, zero where there is none.
+    """Tokens (B,L) → [their vectors (B,L,dim)], one for every word at every place, zero where there is none.
 
     tokens  (L, number of words), or None for an unconditional network, which refuses a condition.
-    They are given as a list, which is empty for an unconditional network: what is not there costs nothing.
+    The list is empty for an unconditional network: what is not there costs nothing.
     """
 
     def __init__(self, tokens, dim, std=0.02):
@@ -409,7 +411,7 @@ class MLP(nn.Module):
 
 
 def projected(logits, features, embeddings):
-    """A critic's logits (B,) plus features · embedding of the condition (the projection of Miyato & Koyama, 2018).
+    """A critic's logits (B,) plus features (B,D) · vectors of the words [(B,L,D)] or [] (Miyato & Koyama, 2018).
 
     For words that x determines each on its own, log p(c|x) is such a sum over the words.
     """
@@ -858,6 +860,7 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
     resume  an earlier State's `state_dict()`.
     """
     run = State(generator, net=net, ema=clone(net), opt=adamw(net, settings.teacher_lr))
+    oracle = oracle and torch.no_grad()(functools.partial(oracle))  # known, and not to be trained
     if resume:
         run.load_state_dict(resume)
     while run.step < settings.teacher_steps:
@@ -882,7 +885,7 @@ def distill(
 ):  # fmt: skip
     """Self-corrected flow distillation. Yields a State per update, with .student, .target, .ema, .disc, .losses.
 
-    teacher        any callable (x, t, cond) → v; it is copied and frozen.
+    teacher        any callable (x, t, cond) → v. A network is copied and frozen; another callable is used as it is.
     disc           critic, trained in place.
     schedule       tuple of Phases, run one after the other.
     student        where the student starts (it is copied); without it, from the teacher's weights.

@@ -483,7 +483,7 @@ def train(run, settings, schedule):
 def own_samples(velocity, batch, run, n=20000):
     """`batch(n, generator)` over samples of a guided teacher in 50 steps, with their conditions.
 
-    Guidance leaves the data: a critic that held the student's samples against the data would undo it.
+    They are distributed otherwise than the data: a critic that held the student against these would undo the guidance.
     """
     generator = torch.Generator(run.device).manual_seed(4 * 10**6 + run.seed)
     x0, cond = batch(n, generator)
@@ -1225,21 +1225,29 @@ def train_command(argv):
 
 def train_guided(run, settings, schedule):
     """One teacher of a labelled data set, and a student for each guidance scale in a run folder of its own."""
-    again = run.resume or run.overwrite
-    folder, runs = Path(run.out or usual_folder(run.dataset, again)), {}
+    module, again = notebook("07_prompts_and_guidance"), run.resume or run.overwrite
+    folder = Path(run.out or usual_folder(run.dataset, again))
     places = {scale: folder / f"guidance-{scale:g}" for scale in run.guidance}
+    require(all(map(math.isfinite, places)) and len({*places.values()}) == len(run.guidance), "give different scales")
+    require(run.figures != "all" and not run.gif, "of labelled data there is one figure, guidance.png")
     started = [path for path in places.values() if (path / "config.json").exists()]
     require(started or not run.resume, f"nothing to resume: {folder} holds no run of these scales")
     require(again or not started, f"{folder} exists: give --resume to go on with it, or --overwrite")
+    donor = run.teacher_from
     for scale, path in places.items():
-        donor = run.teacher_from or str(next(iter(runs.values()), [""])[0])
         own = replace(run, guidance=(scale,), out=str(path), resume=run.resume and path in started, teacher_from=donor)
-        runs[scale] = train(own, settings, schedule)
-    module = notebook("07_prompts_and_guidance")
-    write_text(folder / "guidance.md", text := "\n".join(module.guidance_table([m for _, m in runs.values()])) + "\n")
+        finished, _ = train(own, settings, schedule)
+        donor = donor or str(finished)
+    done = {
+        path: read_json(path / "metrics.json", "guidance")
+        for path in folder.glob("guidance-*/")
+        if (path / "metrics.json").exists()
+    }
+    done = dict(sorted(done.items(), key=lambda item: item[1]["guidance"]["scale"]))  # of earlier calls too
+    write_text(folder / "guidance.md", text := "\n".join(module.guidance_table([*done.values()])) + "\n")
     if run.figures != "none":
         drawing()
-        module.draw_guidance([path for path, _ in runs.values()]).savefig(folder / "guidance.png", dpi=80)
+        module.draw_guidance([*done]).savefig(folder / "guidance.png", dpi=80)
     if not run.quiet:
         print(text, *sorted(map(str, folder.glob("guidance.*"))), sep="\n")
 

@@ -80,7 +80,7 @@ def of_label(mixture, label):
 
 
 def evaluate(run, mixture, velocity, student):
-    """What metrics.json holds of a student of the guided velocity `velocity`, (mean over labels, and by label).
+    """What metrics.json holds of a student of the guided velocity: rows of means over labels, and `labels`, each one's.
 
     The goal is what the guided teacher reaches in 50 Euler steps, from other noise than the student's; `energy` is the
     distance to it, and the floor that of the same from fresh noise.
@@ -99,7 +99,7 @@ def evaluate(run, mixture, velocity, student):
         truth = scflow.EnergyDistance(*one.sample(n, torch.Generator().manual_seed(10**6), stratified=True))
         noise = torch.randn(n, 2, generator=generator)
         samples = {steps: scflow.sample(student, noise, steps, cond=cond) for steps in counts}
-        first = samples[counts[0]]
+        first = scflow.sample(student, noise, cond=cond)
         values = {f"student {k}": (goal(x), truth(x), scflow.rms_distance(x, first)) for k, x in samples.items()}
         values["floor"] = [goal(reach(velocity, cond)) for _ in range(3)]
         values["teacher to exact"] = goal(ideal)
@@ -194,9 +194,9 @@ if LECTURE:
 # tilted density and the end of the guided flow are not the same, the exact one included.
 #
 # `python toy_2d.py --dataset labelled --guidance 1 2 4` trains a teacher and a student for each scale. One thing had to
-# change: guided samples lie where the data do not, and **a critic that holds the student against the data undoes the
-# guidance**. In the plane the student therefore learns from samples of the guided teacher (`--learn-from data` shows
-# what happens otherwise).
+# change: guided samples are distributed otherwise than the data, and **a critic that holds the student against the
+# data undoes the guidance**. In the plane the student therefore learns from samples of the guided teacher
+# (`--learn-from data` shows what happens otherwise).
 
 # %% [markdown]
 # ## A world of captions
@@ -253,7 +253,7 @@ def parse(prompt):
 
 
 def pick(n, generator=None, unseen=False):
-    """Numbers (n,) of random scenes, a fifth of them of one object; seen in training, or with what is held out."""
+    """Numbers (n,) of random scenes, seen in training (23% of one object), or with what is held out (12%)."""
     chance = torch.where(SCENES[:, 3] > 0, 0.8 / (24**2 * 4), 0.2 / 24) * (UNSEEN == unseen)
     chance = chance.to(generator.device if generator else "cpu")
     return torch.multinomial(chance, n, replacement=True, generator=generator)
@@ -461,7 +461,7 @@ PRESETS = {  # network, teacher, student
 class Captions(celeba_latent.Folder):
     """What is trained, and how it is measured."""
 
-    seeds: tuple = option((0,), "seeds, a run folder each; finished ones are read back")
+    seeds: tuple = option((0,), "seeds, a run folder each; with --resume finished ones are read back")
     preset: str = option("", "size and length [gpu on CUDA, else cpu]", choices=tuple(PRESETS))
     guidance: float = option(3.0, "guidance scale of the teacher that is distilled")
     samples: int = option(2000, "pictures that are read and compared; a quarter as many of held-out combinations")
@@ -516,7 +516,7 @@ class Log:
 def run_one(asked, seed):
     """Teacher, student and measures of one seed; returns its folder and metrics. A finished run is read back."""
     dims, settings, schedule = PRESETS[asked.preset]
-    config = dict(seed=seed, guidance=asked.guidance, preset=asked.preset, samples=asked.samples)
+    config = dict(seed=seed, guidance=asked.guidance, preset=asked.preset, samples=asked.samples, device=asked.device)
     folder = Path(asked.out, f"seed-{seed}")
     started = asked.resume and (folder / "config.json").exists()
     folder = toy_2d.open_folder(folder, "", started, asked.overwrite, config)
@@ -617,7 +617,7 @@ def sheet(columns, prompts, figsize):
 def prompt_sheet(codec, teacher, student, scale):
     """A row for each sentence of SHEET: a true drawing, and samples of one noise."""
     numbers, guided = torch.tensor([parse(prompt) for prompt in SHEET]), scflow.guided(teacher, scale)
-    columns = {"drawn": (255 * draw(SCENES[numbers], torch.Generator().manual_seed(1))).byte()}
+    columns = {"drawn": (255 * draw(SCENES[numbers], torch.Generator().manual_seed(1))).round().byte()}
     for title, net, steps in (
         ("teacher\n50 steps", teacher, 50),
         (f"guided, w = {scale:g}\n50 steps", guided, 50),
@@ -703,7 +703,7 @@ def train_command(argv):
 class Sample(celeba_latent.Device):
     """What is drawn."""
 
-    prompt: str = option("a small red circle left of a large blue square", f"{GRAMMAR}")
+    prompt: str = option("a small red circle left of a large blue square", GRAMMAR)
     out: str = option("runs/captions/seed-0", "run folder (its student), or a weights file alone")
     steps: tuple = option((1,), "Euler steps, a row for each number")
     count: int = option(8, "pictures in a row")
