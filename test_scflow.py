@@ -3237,6 +3237,27 @@ def test_a_run_on_labelled_pictures_refuses_others(portrait, album, tmp_path, ca
     assert faces(*given, "--resume", "--guidance", 3) == 2 and faces(*given, "--resume", "--guidance", 2) == 0
 
 
+def test_evaluation_asks_for_the_attributes_of_the_pictures_and_shows_the_guided_teacher(
+    faces_demo, tmp_path, monkeypatch, capsys
+):
+    """Every sample of every network has the labels of a training picture; guidance counts as two evaluations a step."""
+    latents = shutil.copytree(faces_demo.latents, tmp_path / "latents")
+    content = scflow.read(latents / "meta.pt")
+    labels = torch.randint(1, 3, (len(content["sources"]), 2), generator=gen(), dtype=torch.uint8)
+    torch.save({**content, "attributes": ["Left", "Right"], "labels": labels}, latents / "meta.pt")
+    out = ["--out", tmp_path / "run", "--quiet"]
+    assert faces("teacher", "--latents", latents, "--patch", 1, "--teacher-steps", 2, *out) == 0
+    assert faces("distill", "--student-steps", 2, "--guidance", 2, *out) == 0
+    seen, make = [], celeba_latent.generate
+    monkeypatch.setattr(celeba_latent, "generate", lambda *a, **k: (seen.append(k["cond"]), make(*a, **k))[1])
+    monkeypatch.setattr(celeba_latent, "PictureMeasure", lambda *given: faces_demo.measure)
+    assert faces("evaluate", "--out", tmp_path / "run", "--count", 1000) == 0
+    rows = json.loads((tmp_path / "run/metrics.json").read_text())["rows"]
+    assert [(r["who"], r["nfe"]) for r in rows if "guided" in r["who"]] == [("teacher, guided at 2", 100)]
+    assert all(c.shape == (1000, 2) and torch.equal(c, seen[0]) and {*c.unique().tolist()} == {1, 2} for c in seen)
+    assert "guided at 2" in capsys.readouterr().out
+
+
 # ═══ celeba_latent.py: speed ════════════════════════════════════════════════════════════════
 
 

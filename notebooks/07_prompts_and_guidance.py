@@ -114,7 +114,7 @@ def evaluate(run, mixture, velocity, student):
         rows.append(row | dict(gap=float(np.mean(gap)), truth=float(np.mean(to_truth)), labels=energy))
     floors = np.array([found[c]["floor"] for c in labels])  # (labels, draws)
     context = {k: [found[c][k] for c in labels] for k in found[1] if " to " in k}
-    floor = dict(mean=floors.mean(), sd=floors.mean(0).std(ddof=1))
+    floor = dict(mean=floors.mean(), sd=floors.std(ddof=1) / len(labels) ** 0.5)  # of a mean over labels
     return dict(floor=floor, rows=rows, guidance=dict(scale=scale, floor=floors.mean(1).tolist(), **context))
 
 
@@ -648,17 +648,8 @@ if LECTURE:
     plt.show()
 
 # %% [markdown]
-# ## What comes out
-#
-# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2` trains three teachers and their
-# students, and wrote this table; the sheet is seed 0. Sentences with a star are of combinations that no training saw.
-#
-# ![Prompts and samples](../results/captions/prompts.png)
-
-# %%
-if LECTURE:
-    folder = next(path for path in (Path("results/captions"), Path("../results/captions")) if path.exists())
-    print((folder / "captions.md").read_text(encoding="utf-8"))
+# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2` trains three teachers and their students, and writes a
+# table and a sheet of prompts; `sample --prompt "..."` draws a sentence.
 
 # %% [markdown]
 # **Exercise.** When does the guided flow end in the tilted density after all? Take one Gaussian for the velocity
