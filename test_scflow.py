@@ -2784,7 +2784,7 @@ def test_an_interrupted_encoding_is_refused_and_resumes_bit_for_bit(moment, albu
 def kill_while_saving(n, *argv):
     """Run a command in a process that is killed half-way through its n-th save."""
     program = f"""if True:
-        import os, signal, sys, torch, celeba_latent, scflow
+        import os, signal, sys, torch, celeba_latent, toy_2d
         celeba_latent.SIZES["small"], toy_2d.matmul_rate = {TINY!r}, lambda device: 1e9
         save, calls = torch.save, []
         def half(content, file):
@@ -3077,7 +3077,7 @@ def test_measures_of_the_truth_are_those_of_the_autoencoder(faces_demo, tmp_path
     truths = {who: codec.decode(data.normalised(which[:1000])) for who, which in some.items()}
     moved = {who: pictures ^ 8 for who, pictures in truths.items()}  # by 8 levels everywhere: the gap
 
-    def truth(net, noise, steps, codec):
+    def truth(net, noise, steps, codec, cond=None):
         calls.append(steps)
         return (truths if steps == 1 else moved)["teacher" if len(calls) <= 2 else "student"]
 
@@ -3292,7 +3292,7 @@ def test_bench_times_every_variant_and_finds_them_equal(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(celeba_latent, "one_loss_at_a_time", spy)
     monkeypatch.setattr(toy_2d, "matmul_rate", lambda device: next(rates))
-    monkeypatch.setattr(scflow, "rate", lambda *_: 1e9)
+    monkeypatch.setattr(toy_2d, "rate", lambda *_: 1e9)
     argv = "--channels 2 --side 8 --batch 4 --rounds 1 --updates 1 --device cpu".split()
     assert faces("bench", *argv, "--out", tmp_path / "deep/bench") == 0
     content = json.loads((tmp_path / "deep/bench.json").read_text())
@@ -3673,7 +3673,8 @@ def test_readme_commands_run(command, finished, tmp_path, monkeypatch):
         for flags, _ in toy_2d.chosen_rows(settings.rows).values():
             toy_2d.configure(shlex.split(f"{flags} {settings.flags}"))
         argv += ["--samples", "100", "--flags", "--teacher-steps 2 --student-steps 4", "--seeds", "0,1"]
-        argv += ["--datasets", "moons", "--rows", *list(toy_2d.chosen_rows(settings.rows))[:2]]
+        data = "labelled" if "labelled" in settings.datasets else "moons"
+        argv += ["--datasets", data, "--rows", *list(toy_2d.chosen_rows(settings.rows))[:2]]
     elif argv[:1] == ["bench"]:
         monkeypatch.setattr(toy_2d, "ProcessPoolExecutor", HereAndNow)
         monkeypatch.setattr(torch, "set_num_threads", lambda n: None)

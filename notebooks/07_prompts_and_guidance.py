@@ -61,7 +61,7 @@ LECTURE = __name__ == "__main__" and "ipykernel" in sys.modules  # as a program,
 
 
 # %%
-def tilted(mixture, label, scale, n, generator=None, cells=600, reach=4.0):
+def tilted(mixture, label, scale, n, generator=None, cells=300, reach=4.0):
     """n points (n,2) of the density p₀(x)^(1−w)·p₀(x|c)^w, drawn from a fine grid."""
     side = (torch.arange(cells) + 0.5) / cells * 2 * reach - reach
     grid = torch.cartesian_prod(side, side)  # (cells²,2)
@@ -338,7 +338,11 @@ def read(pictures):
     known = torch.cat([ground[:, None], PALETTE.expand(len(pictures), -1, -1)], 1)  # (B,5,3)
     colour = (pictures[:, None] - known[..., None, None]).square().sum(2).argmin(1)  # (B,32,32), 0 the ground
     numbers, found = blobs(colour > 0), [[] for _ in pictures]
-    pairs = [(i, k) for i, own in enumerate(numbers) for k, n in zip(*own.unique(return_counts=True)) if k and n >= 5]
+    pairs = []
+    for i, own in enumerate(numbers):
+        mine = [k for k, n in zip(*own.unique(return_counts=True)) if k and n >= 5]
+        found[i] += [None] * len(mine) if len(mine) > 2 else []  # too many, whatever they are
+        pairs += [(i, k) for k in mine] if len(mine) <= 2 else []
     if not pairs:
         return found
     row, number = (torch.tensor(column) for column in zip(*pairs))  # (N,) blobs of five pixels and more
