@@ -3724,6 +3724,7 @@ def test_readme_examples_run(number, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished / "runs", "runs")
     scope = {}
+    pytest.importorskip("diffusers") if "diffusers" in EXAMPLES[number] else None  # an optional extra
     exec(EXAMPLES[number], scope)
     if "x0" in scope:
         assert scope["x0"].shape == (1000, 2) and scope["x0"].isfinite().all()
