@@ -3357,6 +3357,8 @@ def troubles(album, tmp_path_factory):
         (at / name / "config.json").write_text(json.dumps(config | {"latents": "latents"}))
     scflow.save(at / "points.pt", mlp())
     (at / "empty").mkdir()
+    names = [path.name for path in (at / "pictures").rglob("*") if path.is_file()]
+    (at / "labels.txt").write_text("\n".join([str(len(names)), "Smiling", *(f"{name} 1" for name in names)]))
     tiny_pair(at / "pair", 4)
     tiny_pair(at / "alone", 4)
     (at / "alone_decoder.pth").unlink()
@@ -3446,6 +3448,10 @@ FACES_ERRORS = {
         "encode with --labels",
     ),
     "attributes without labels": (["sample", "--out", "run", "--attributes", "Smiling=1"], "without --labels"),
+    "resumed with labels": (
+        [*ENCODING[:-4], "--out", "latents", "--size", "32", "--resume", "--labels", "labels.txt"],
+        "with other settings",
+    ),
     "missing list of labels": ([*ENCODING, "--labels", "nowhere.txt"], "nowhere.txt"),
     "bench of an unknown size": (["bench", "--sizes", "XL"], "XL"),
     "no rounds": (["bench", "--rounds", "0"], "rounds"),
@@ -3536,14 +3542,44 @@ def test_the_reader_reads_what_was_drawn(prompts):
 
 def test_the_reader_notices_every_kind_of_mistake(prompts):
     """At most 0.1% of pictures of a scene that differs in one thing alone pass for the sentence, for each thing."""
-    g = gen(1)
-    numbers = prompts.pick(700, g)
-    scenes = prompts.SCENES[numbers]
-    numbers = numbers[(scenes[:, 3] > 0) & (scenes[:, :3] != scenes[:, 4:]).any(1)]
+    g, scenes = gen(1), prompts.SCENES  # of two objects, all said of both
+    numbers = torch.where((scenes >= 0).all(1) & (scenes[:, 3] > 0) & (scenes[:, :3] != scenes[:, 4:]).any(1))[0]
+    numbers = numbers[torch.randperm(len(numbers), generator=g)[:400]]
     for name, change in prompts.mistakes().items():
         wrong = change(prompts.SCENES[numbers])
         told = (wrong != prompts.SCENES[numbers]).any(1)
         assert told.sum() > 200 and prompts.accuracy(numbers[told], prompts.draw(wrong[told], g)) <= 0.001, name
+
+
+def test_what_is_left_open_may_be_anything_and_nothing_else_may(prompts):
+    """A sentence that leaves size or colour open is shown by each of its readings, and by no other picture."""
+    g = gen(3)
+    said = torch.where((prompts.SCENES >= 0).all(1) & ~prompts.UNSEEN)[0]
+    said = said[torch.randperm(len(said), generator=g)[:200]]
+    pictures = prompts.draw(prompts.SCENES[said], g)
+    for columns in ((0, 4), (1, 5), (0, 1, 4, 5)):
+        loose = prompts.SCENES[said].clone()
+        two = loose[:, 3] > 0
+        for column in columns:
+            loose[two if column > 3 else slice(None), column] = -1
+        numbers = torch.tensor([prompts.SENTENCES[prompts.sentence(scene)] for scene in loose.tolist()])
+        assert prompts.accuracy(numbers, pictures) >= 0.995
+        loose[:, 2] = (loose[:, 2] + 1) % 3  # the shapes are no longer those of the picture
+        numbers = torch.tensor([prompts.SENTENCES[prompts.sentence(scene)] for scene in loose.tolist()])
+        assert prompts.accuracy(numbers, pictures) <= 0.005
+
+
+def test_a_mean_of_pictures_shows_no_open_sentence(prompts):
+    """Means of 100 drawings: readable where all is said, hardly ever where the size is open, never for the colour."""
+    g, scenes = gen(4), prompts.SCENES
+    colour, size = ((scenes[:, [a, b]] < 0).any(1) for a, b in ((1, 5), (0, 4)))
+    share = []
+    for kind in (~colour & ~size, size & ~colour, colour):
+        numbers = torch.where(kind & ~prompts.UNSEEN)[0]
+        numbers = numbers[torch.randperm(len(numbers), generator=g)[:100]]
+        means = torch.stack([prompts.draw(scenes[i].expand(100, -1), g).mean(0) for i in numbers])
+        share.append(prompts.accuracy(numbers, means))
+    assert share[0] > 0.7 and share[1] < 0.2 and share[2] <= 0.01
 
 
 @pytest.mark.parametrize("damage", ["noise", "a blot", "half a shape", "an empty ground", "another blue"])
@@ -3567,8 +3603,8 @@ def test_the_reader_passes_no_damaged_picture(prompts, damage):
 
 
 def test_sentences_and_scenes_are_the_same_thing(prompts):
-    """Each of the 2,328 scenes has a sentence of its own, which is parsed back; the tokens are its words in order."""
-    assert len(prompts.SENTENCES) == len(prompts.SCENES) == 24 + 4 * 24**2 == len(prompts.TOKENS.unique(dim=0))
+    """Each of the 8,145 scenes has a sentence of its own, which is parsed back; the tokens are its words in order."""
+    assert len(prompts.SENTENCES) == len(prompts.SCENES) == 45 + 4 * 45**2 == len(prompts.TOKENS.unique(dim=0))
     for text, number in list(prompts.SENTENCES.items())[::37]:
         assert prompts.parse(text) == number == prompts.parse(f"{text.capitalize()}.")
         assert prompts.sentence(prompts.SCENES[number].tolist()) == text
@@ -3578,19 +3614,39 @@ def test_sentences_and_scenes_are_the_same_thing(prompts):
 
 
 def test_held_out_combinations_are_never_trained_on(prompts):
-    """Of 20,000 drawn sentences none names one; of as many asked for, every one does; the rest are all drawn from."""
+    """Of 20,000 drawn sentences none names one, nor has a picture of an open colour one; the others are all said."""
     pairs = [f"{colour} {shape}" for colour, shape in prompts.HELD_OUT]
     named = torch.tensor([any(pair in text for pair in pairs) for text in prompts.SENTENCES])
     assert torch.equal(named, prompts.UNSEEN) and 0.2 < named.double().mean() < 0.4
     seen, unseen = prompts.pick(20000, gen()), prompts.pick(20000, gen(), unseen=True)
     assert not named[seen].any() and named[unseen].all()
-    assert len(seen.unique()) > 0.95 * (~named).sum()
+    assert len(seen.unique()) > 0.6 * (~named).sum()  # the longest are said once in 40,000 times
     assert abs((prompts.SCENES[seen, 3] == 0).double().mean() - 0.2) < 0.05
+    settled = prompts.settle(prompts.SCENES[seen], gen(1))
+    assert (settled >= 0).all()
+    assert not any(pair in prompts.sentence(scene) for scene in settled.unique(dim=0).tolist() for pair in pairs)
+
+
+def test_what_is_open_is_drawn_evenly(prompts):
+    """Of "a circle" every size and colour, each as often; what is said stays; half of the attributes are open."""
+    scene = prompts.SCENES[prompts.parse("a circle above a small red square")].expand(8000, -1)
+    settled = prompts.settle(scene, gen())
+    assert (settled[:, 2:] == scene[:, 2:]).all()
+    counts = torch.bincount(settled[:, 0] * 4 + settled[:, 1], minlength=8)
+    assert len(counts) == 8 and (counts - 1000).abs().max() < 150
+    said = prompts.SCENES[prompts.pick(20000, gen())]
+    for column in (0, 1):
+        assert abs((said[:, column] < 0).double().mean() - 0.5) < 0.05
 
 
 @pytest.mark.parametrize(
     "prompt, word",
-    [("a purple circle", "yellow"), ("a red circle", "SIZE"), ("", "SIZE"), ("a small red circle above", "RELATION")],
+    [
+        ("a purple circle", "yellow"),
+        ("a red small circle", "SIZE"),
+        ("", "SIZE"),
+        ("a small red circle above", "RELATION"),
+    ],
 )
 def test_a_prompt_outside_the_grammar_is_refused(prompts, prompt, word, tmp_path, monkeypatch, capsys):
     """One line: of an unknown word the vocabulary, else the grammar; nothing is written."""

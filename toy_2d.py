@@ -310,7 +310,8 @@ def open_folder(out, name, resume, overwrite, config):
     file = out / "config.json"
     if resume:
         require(file.is_file(), f"nothing to resume: {out} holds no config.json")
-        changed = [k for k, v in read_json(file, *config).items() if config.get(k) != v]
+        before = read_json(file)
+        changed = [k for k in {**before, **config} if before.get(k) != config.get(k)]
         require(not changed, f"--resume with other settings than {out} was started with: {', '.join(changed)}")
         return out
     require(overwrite or not out.exists(), f"{out} exists: give --resume to go on with it, or --overwrite")
@@ -407,6 +408,28 @@ def stage(name, run, folder, journal, net, start, total, **extra):
 # ═══ 4. A run: teacher, student, measures ═══════════════════════════════════════════════════
 
 
+def outcome_depends_on(run, settings, schedule, labelled):
+    """What config.json holds. Without labels it is what it was before there were any."""
+    config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
+    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC} | dict(guidance=run.guidance[0])
+    if not labelled:
+        del config["guidance"], config["learn_from"], config["teacher_settings"]["teacher_drop"]
+    return config
+
+
+def measure(run, known, teacher, student):
+    """What metrics.json holds of the two, moved to the CPU; `known` are rows of the teacher that are there already."""
+    data, teacher, student = dataset(run.dataset), teacher.cpu(), student.cpu()
+    metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
+    if getattr(data, "labels", None) is not None:
+        velocity = scflow.guided(teacher, run.guidance[0])
+        measures = notebook("07_prompts_and_guidance").evaluate(run, data, velocity, student)
+        return metrics | measures | dict(machine=machine())
+    rows = known + evaluate(run, data, None if known else teacher, student)
+    metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
+    return metrics | ({"path_error": path_error(student, data, run.seed)} if isinstance(data, GaussianMixture) else {})
+
+
 def train(run, settings, schedule):
     """One run from start to metrics.json; returns its folder and the metrics. A finished run is read back."""
     data, exact = dataset(run.dataset), run.teacher == "exact"
@@ -416,11 +439,7 @@ def train(run, settings, schedule):
     labels, (scale, *others) = getattr(data, "labels", None), run.guidance
     require(not others, "one guidance scale a run")
     require(labels is not None or scale == 1, f"{run.dataset} has no labels to guide by: give --dataset labelled")
-    config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
-    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC} | dict(guidance=scale)
-    for part, names in ((config, ("guidance", "learn_from")), (config["teacher_settings"], ("teacher_drop",))):
-        for name in names if labels is None else ():  # without labels a run is what it was before there were any
-            del part[name]
+    config = outcome_depends_on(run, settings, schedule, labels is not None)
     known = finished_teacher(Path(run.teacher_from), config) if run.teacher_from else []
     folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
     if run.resume and (folder / "metrics.json").exists():
@@ -458,16 +477,7 @@ def train(run, settings, schedule):
         student = stage("student", run, folder, journal, net, lambda r: start(resume=r), total, teacher=kept)
         clock.append(time.perf_counter())
         torch.set_num_threads(threads)  # distances between all pairs are worth it
-        data = dataset(run.dataset)  # on the CPU
-        metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
-        if labels is None:
-            rows = known + evaluate(run, data, None if known else teacher.cpu(), student.cpu())
-            metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
-            metrics |= {"path_error": path_error(student, data, run.seed)} if mixture else {}
-        else:
-            velocity = scflow.guided(data if exact else net.cpu(), scale)
-            measures = notebook("07_prompts_and_guidance").evaluate(run, data, velocity, student.cpu())
-            metrics |= dict(**measures, machine=machine())
+        metrics = measure(run, known, data if exact else net, student)
         clock.append(time.perf_counter())
     except (Stopped, KeyboardInterrupt):
         again = "" if run.out else f" --out {folder}"

@@ -201,9 +201,10 @@ if LECTURE:
 # %% [markdown]
 # ## A world of captions
 #
-# Pictures of 32×32 pixels that the program draws from a sentence: one or two shapes on a bright ground, each with a
-# size, a colour and a place, everything with some freedom left. The sentence says "left of", and how far, and how high,
-# is drawn at random. There are 2,328 sentences, and no end of pictures of each.
+# Pictures of 32×32 pixels that the program draws from a sentence: one or two shapes on a bright ground. The sentence
+# may name the size and the colour of each, or leave them open: "a circle above a red square" has any size and, of the
+# circle, any colour. So there is no one picture that it means, and the mean of all that it might mean shows none of
+# them. There are 8,145 sentences, and no end of pictures of each.
 
 # %%
 SIDE = 32
@@ -211,10 +212,10 @@ SIZES = {"small": (4.0, 4.5), "large": (6.0, 6.5)}  # radii in pixels
 COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85), "yellow": (0.95, 0.8, 0.1)}
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # from the first to the second
-GRAMMAR = "a SIZE COLOUR SHAPE, or a SIZE COLOUR SHAPE RELATION a SIZE COLOUR SHAPE"
+GRAMMAR = "a [SIZE] [COLOUR] SHAPE, or a [SIZE] [COLOUR] SHAPE RELATION a [SIZE] [COLOUR] SHAPE"
 WORDS = ["a", *SIZES, *COLOURS, *SHAPES, "left", "right", "of", "above", "below"]
-LENGTH = 10  # words of the longest sentence
-HELD_OUT = (("green", "triangle"), ("yellow", "square"))  # no sentence with one of these is ever trained on
+LENGTH = 10  # words of the longest sentence; in a shorter one what is not said leaves its place empty, token 0
+HELD_OUT = (("green", "triangle"), ("yellow", "square"))  # no sentence with one of these, and no picture, is trained on
 
 
 def objects_of(scene):
@@ -222,24 +223,38 @@ def objects_of(scene):
     return [tuple(scene[:3]), tuple(scene[4:])][: 1 + (scene[3] > 0)], scene[3]
 
 
-def sentence(scene):
-    """The words of a scene: numbers of size, colour, shape; relation from 1, or 0 for one object; and the second's."""
+def template(scene):
+    """Ten words in their places, "" for what is not said: a, size, colour, shape; two of the relation; the second's."""
     objects, relation = objects_of(scene)
-    nouns = [f"a {[*SIZES][size]} {[*COLOURS][colour]} {SHAPES[shape]}" for size, colour, shape in objects]
-    return f" {[None, *RELATIONS][relation]} ".join(nouns)
+    first, *second = [
+        ["a", [*SIZES, ""][size], [*COLOURS, ""][colour], SHAPES[shape]] for size, colour, shape in objects
+    ]  # an open attribute is -1, the last of its list
+    between = [*RELATIONS][relation - 1].split() + [""]
+    return first + (between[:2] + second[0] if second else 6 * [""])
+
+
+def sentence(scene):
+    """The words of a scene: numbers of size and colour, -1 for open, shape; relation from 1, or 0; and the second's."""
+    return " ".join(word for word in template(scene) if word)
 
 
 def every_scene():
-    """All there are, (2328,7): the one-object ones first."""
-    one = torch.cartesian_prod(*map(torch.arange, (2, 4, 3)))  # (24,3)
-    single = torch.cat([one, torch.zeros(24, 4, dtype=torch.int64)], 1)
-    i, relation, j = torch.cartesian_prod(torch.arange(24), torch.arange(1, 5), torch.arange(24)).T
-    return torch.cat([single, torch.cat([one[i], relation[:, None], one[j]], 1)])
+    """All there are, (8145,7), the one-object ones first, and how often each is said, (8145,).
+
+    A fifth have one object. Size and colour are open half of the time.
+    """
+    noun = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 4), torch.arange(3))  # (45,3)
+    size, colour, _ = noun.T
+    said = torch.where(size < 0, 1 / 2, 1 / 4) * torch.where(colour < 0, 1 / 2, 1 / 8) / 3
+    i, relation, j = torch.cartesian_prod(torch.arange(45), torch.arange(1, 5), torch.arange(45)).T
+    single = torch.cat([noun, torch.zeros(45, 4, dtype=torch.int64)], 1)
+    scenes = torch.cat([single, torch.cat([noun[i], relation[:, None], noun[j]], 1)])
+    return scenes, torch.cat([0.2 * said, 0.8 / 4 * said[i] * said[j]])
 
 
-SCENES = every_scene()
+SCENES, SAID = every_scene()
 SENTENCES = {sentence(scene): i for i, scene in enumerate(SCENES.tolist())}  # sentence: number of the scene
-TOKENS = torch.tensor([[1 + WORDS.index(w) for w in s.split()] + [0] * (LENGTH - len(s.split())) for s in SENTENCES])
+TOKENS = torch.tensor([[["", *WORDS].index(word) for word in template(scene)] for scene in SCENES.tolist()])
 UNSEEN = torch.tensor([any(f"{colour} {shape}" in s for colour, shape in HELD_OUT) for s in SENTENCES])
 
 
@@ -253,9 +268,8 @@ def parse(prompt):
 
 
 def pick(n, generator=None, unseen=False):
-    """Numbers (n,) of random scenes, seen in training (23% of one object), or with what is held out (12%)."""
-    chance = torch.where(SCENES[:, 3] > 0, 0.8 / (24**2 * 4), 0.2 / 24) * (UNSEEN == unseen)
-    chance = chance.to(generator.device if generator else "cpu")
+    """Numbers (n,) of random scenes: those seen in training (21% of one object), or those with what is held out."""
+    chance = (SAID * (UNSEEN == unseen)).to(generator.device if generator else "cpu")
     return torch.multinomial(chance, n, replacement=True, generator=generator)
 
 
@@ -271,20 +285,31 @@ def cover(x, y, radius, shape):
 
 GRID = torch.arange(SIDE) + 0.5
 PALETTE = torch.tensor([*COLOURS.values()])  # (4,3)
+TRAINED = torch.tensor([[(colour, shape) not in HELD_OUT for colour in COLOURS] for shape in SHAPES])  # (3,4)
+
+
+def settle(scenes, generator=None):
+    """Scenes (B,7) with all that was open drawn at random: any size, and any colour that is not held out."""
+    done = scenes.clone()
+    for size, colour, shape in ((0, 1, 2), (4, 5, 6)):
+        sizes = torch.randint(2, (len(scenes),), generator=generator, device=scenes.device)
+        colours = torch.multinomial(TRAINED.float().to(scenes.device)[scenes[:, shape]], 1, generator=generator)[:, 0]
+        for column, drawn in ((size, sizes), (colour, colours)):
+            done[:, column] = torch.where(scenes[:, column] < 0, drawn, scenes[:, column])
+    return done
 
 
 def draw(scenes, generator=None):
     """Pictures (B,3,32,32) in [0,1] of scenes (B,7), where the scenes are."""
-    n, relation, device = len(scenes), scenes[:, 3:4], scenes.device
-    grid, palette = GRID.to(device), PALETTE.to(device)
+    scenes, n, device = settle(scenes, generator), len(scenes), scenes.device
+    relation, grid, palette = scenes[:, 3:4], GRID.to(device), PALETTE.to(device)
 
     def between(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
 
     picture = between(0.8, 1.0)[:, None, None, None].expand(n, 3, SIDE, SIDE)
-    along = torch.tensor([(0, 0), *RELATIONS.values()], device=device)[
-        relation[:, 0]
-    ]  # (B,2), from the first to the second
+    directions = torch.tensor([(0, 0), *RELATIONS.values()], device=device)
+    along = directions[relation[:, 0]]  # (B,2), from the first to the second
     step = torch.where(along != 0, along * between(15.5, 16.5, 1), between(-2, 2, 1)) * (relation > 0)
     centre = SIDE / 2 + torch.where(relation > 0, between(-0.5, 0.5, 2), between(-2, 2, 2))
     small, large = torch.tensor([*SIZES.values()], device=device).T
@@ -314,7 +339,8 @@ if LECTURE:
 #
 # Whether a picture shows what the sentence says is a question for a program, not for an opinion. It finds the ground
 # (the median of the border), the blobs (touching pixels nearer to a colour than to the ground), and for each the shape
-# and radius that, drawn in its place, come closest. A blob that is nothing of the kind makes the picture wrong.
+# and radius that, drawn in its place, come closest. A blob that is nothing of the kind, or between two colours or two
+# sizes, makes the picture wrong. What the sentence leaves open may be anything else.
 
 # %%
 RADII = torch.arange(3.0, 7.6, 0.25)  # that the reader tries
@@ -353,7 +379,10 @@ def read(pictures):
     towards = PALETTE[colour] - ground[row]
     share = ((pictures[row] - ground[row][..., None, None]) * towards[..., None, None]).sum(1)
     share = share * F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]  # and a pixel around
-    share = (share / share.flatten(1).topk(8).values.mean(1)[:, None, None]).clamp(0, 1)
+    fullest, where = share.flatten(1).topk(8)  # (N,8)
+    inner = pictures[row].flatten(2).gather(2, where[:, None].expand(-1, 3, -1)).mean(2)  # (N,3)
+    true = (inner - PALETTE[colour]).norm(dim=1) < 0.3  # half of the way to the nearest other colour is 0.33
+    share = (share / fullest.mean(1)[:, None, None]).clamp(0, 1)
     mass = share.sum((1, 2))
     x, y = (share.sum(1) * GRID).sum(1) / mass, (share.sum(2) * GRID).sum(1) / mass  # the centre of mass (N,)
     errors = []
@@ -364,19 +393,19 @@ def read(pictures):
             errors.append((ideal - share).square().sum((1, 2)) / mass)
     error, best = torch.stack(errors, 1).min(1)
     shape, radius = best // len(RADII), RADII[best % len(RADII)]
-    good = (error < 0.12) & (pure > 0.5)
+    good = (error < 0.12) & (pure > 0.5) & true & ((radius < 4.9) | (radius > 5.6))
     for i, ok, *values in zip(*(v.tolist() for v in (row, good, (radius > 5.2).long(), colour, shape, x, y))):
         found[i].append(tuple(values) if ok else None)
     return found
 
 
 def shows(scene, found):
-    """Whether the objects that were read, in either order, are those of the scene and stand as it says."""
+    """Whether the objects that were read, in either order, are as the scene says, and stand as it says."""
     objects, relation = objects_of(scene)
     if None in found or len(found) != len(objects):
         return False
     for order in (found, found[::-1]):
-        if [tuple(o[:3]) for o in order] == objects:
+        if all(a in (-1, b) for asked, got in zip(objects, order) for a, b in zip(asked, got)):
             if relation == 0:
                 return True
             dx, dy = (b - a for a, b in zip(order[0][3:], order[1][3:]))
@@ -427,8 +456,9 @@ if LECTURE:
     generator = torch.Generator().manual_seed(0)
     numbers = pick(4000, generator)
     print(f"read as drawn: {accuracy(numbers, draw(SCENES[numbers], generator)):.2%}")
-    first, second = SCENES[numbers, :3], SCENES[numbers, 4:]
-    unlike = numbers[(SCENES[numbers, 3] > 0) & (first != second).any(1)][:500]
+    first, second = SCENES[:, :3], SCENES[:, 4:]
+    unlike = (SCENES[:, 3] > 0) & (SCENES >= 0).all(1) & (first != second).any(1)  # two, of which all is said
+    unlike = torch.where(unlike)[0][torch.randperm(int(unlike.sum()), generator=generator)[:500]]
     for name, change in mistakes().items():
         told = unlike[(change(SCENES[unlike]) != SCENES[unlike]).any(1)]  # two red objects cannot swap their colours
         print(f"{name}: {accuracy(told, draw(change(SCENES[told]), generator)):.2%} taken for right")
