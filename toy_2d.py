@@ -645,6 +645,14 @@ def by_angle(noise):
     return LinearSegmentedColormap.from_list("wheel", WHEEL)(angle.numpy())
 
 
+def write_figure(path, figure, dpi=100):
+    """Save a figure as a PNG of 256 colours, a third of the size."""
+    from PIL import Image
+
+    figure.savefig(path, dpi=dpi)
+    Image.open(path).convert("RGB").quantize(256).save(path)
+
+
 def window(ax, title=""):
     """The common square window around data and noise, framed, without ticks."""
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[], aspect="equal", title=title)
@@ -828,14 +836,11 @@ class Pictures:
 
     def draw(self, which, gif=False):
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
-        from PIL import Image
-
         plt = drawing()
         paths, basic, more = [], [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
         for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
             paths.append(self.folder / f"{number}_{picture.__name__}.png")
-            picture(plt).savefig(paths[-1], dpi=100)
-            Image.open(paths[-1]).convert("RGB").quantize(256).save(paths[-1])  # a third of the size
+            write_figure(paths[-1], picture(plt))
         paths += [self.gif(plt)] if gif else []
         plt.close("all")
         return paths
@@ -1257,7 +1262,7 @@ def train_guided(run, settings, schedule):
     write_text(folder / "guidance.md", text := "\n".join(module.guidance_table([*done.values()])) + "\n")
     if run.figures != "none":
         drawing()
-        module.draw_guidance([*done]).savefig(folder / "guidance.png", dpi=80)
+        write_figure(folder / "guidance.png", module.draw_guidance([*done]), 80)
     if not run.quiet:
         print(text, *sorted(map(str, folder.glob("guidance.*"))), sep="\n")
 
