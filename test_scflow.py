@@ -3635,15 +3635,15 @@ def test_held_out_combinations_are_never_trained_on(prompts):
 
 
 def test_what_is_open_is_drawn_evenly(prompts):
-    """Of "a circle" every size and colour, each as often; what is said stays; half of the attributes are open."""
+    """Of "a circle" every size and colour, each as often; what is said stays; half of the sizes and a quarter of the colours are open."""
     scene = prompts.SCENES[prompts.parse("a circle above a small red square")].expand(8000, -1)
     settled = prompts.settle(scene, gen())
     assert (settled[:, 2:] == scene[:, 2:]).all()
     counts = torch.bincount(settled[:, 0] * 4 + settled[:, 1], minlength=8)
     assert len(counts) == 8 and (counts - 1000).abs().max() < 150
     said = prompts.SCENES[prompts.pick(20000, gen())]
-    for column in (0, 1):
-        assert abs((said[:, column] < 0).double().mean() - 0.5) < 0.05
+    assert abs((said[:, 0] < 0).double().mean() - 0.5) < 0.03
+    assert abs((said[:, 1] < 0).double().mean() - 0.27) < 0.03  # a little more: none of the open ones is held out
 
 
 @pytest.mark.parametrize(

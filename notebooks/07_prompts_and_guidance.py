@@ -242,11 +242,11 @@ def sentence(scene):
 def every_scene():
     """All there are, (8145,7), the one-object ones first, and how often each is said, (8145,).
 
-    A fifth have one object. Size and colour are open half of the time.
+    A fifth have one object. A size is open half of the time, a colour one time in four.
     """
     noun = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 4), torch.arange(3))  # (45,3)
     size, colour, _ = noun.T
-    said = torch.where(size < 0, 1 / 2, 1 / 4) * torch.where(colour < 0, 1 / 2, 1 / 8) / 3
+    said = torch.where(size < 0, 1 / 2, 1 / 4) * torch.where(colour < 0, 1 / 4, 3 / 16) / 3
     i, relation, j = torch.cartesian_prod(torch.arange(45), torch.arange(1, 5), torch.arange(45)).T
     single = torch.cat([noun, torch.zeros(45, 4, dtype=torch.int64)], 1)
     scenes = torch.cat([single, torch.cat([noun[i], relation[:, None], noun[j]], 1)])
@@ -269,7 +269,7 @@ def parse(prompt):
 
 
 def pick(n, generator=None, unseen=False):
-    """Numbers (n,) of random scenes: those seen in training (21% of one object), or those with what is held out."""
+    """Numbers (n,) of random scenes: those seen in training (22% of one object), or those with what is held out."""
     chance = (SAID * (UNSEEN == unseen)).to(generator.device if generator else "cpu")
     return torch.multinomial(chance, n, replacement=True, generator=generator)
 
