@@ -3635,7 +3635,7 @@ def test_held_out_combinations_are_never_trained_on(prompts):
 
 
 def test_what_is_open_is_drawn_evenly(prompts):
-    """Of "a circle" every size and colour, each as often; what is said stays; half of the sizes and a quarter of the colours are open."""
+    """Of "a circle" every size and colour, each as often; what is said stays; sizes and colours are open as often as said."""
     scene = prompts.SCENES[prompts.parse("a circle above a small red square")].expand(8000, -1)
     settled = prompts.settle(scene, gen())
     assert (settled[:, 2:] == scene[:, 2:]).all()
@@ -3643,7 +3643,7 @@ def test_what_is_open_is_drawn_evenly(prompts):
     assert len(counts) == 8 and (counts - 1000).abs().max() < 150
     said = prompts.SCENES[prompts.pick(20000, gen())]
     assert abs((said[:, 0] < 0).double().mean() - 0.5) < 0.03
-    assert abs((said[:, 1] < 0).double().mean() - 0.27) < 0.03  # a little more: none of the open ones is held out
+    assert abs((said[:, 1] < 0).double().mean() - 0.286) < 0.03  # of 1/4 and 3/4, with a sixth of the latter held out
 
 
 @pytest.mark.parametrize(

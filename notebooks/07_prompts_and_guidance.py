@@ -491,7 +491,10 @@ PRESETS = {  # network, teacher, student
     "cpu": (
         dict(dim=128, depth=4, heads=4),
         scflow.TeacherSettings(6000, 32, 2e-3),
-        (replace(FIRST, steps=1000, lr=2e-3, at_one=0.25), replace(LAST, steps=400, at_one=0.5)),
+        (
+            replace(FIRST, steps=3000, lr=2e-3, delta=0.3, at_one=0.25),
+            replace(LAST, steps=400, lr=2e-4, lambda_adv=0.003, at_one=0.5),
+        ),
     ),
     "gpu": (
         dict(dim=384, depth=8, heads=6),
@@ -585,7 +588,7 @@ def run_one(asked, seed):
     student = toy_2d.stage("student", run, folder, log, teacher, lambda r: loop(resume=r), total, codec=content)
     metrics = config | dict(rows=measure(asked, codec, teacher, student), machine=toy_2d.machine())
     toy_2d.drawing()
-    prompt_sheet(codec, teacher, student, run.guidance).savefig(folder / "prompts.png", dpi=80)
+    toy_2d.write_figure(folder / "prompts.png", prompt_sheet(codec, teacher, student, run.guidance), 80)
     toy_2d.write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
 
