@@ -3635,7 +3635,7 @@ def test_held_out_combinations_are_never_trained_on(prompts):
 
 
 def test_what_is_open_is_drawn_evenly(prompts):
-    """Of "a circle" every size and colour, each as often; what is said stays; sizes and colours are open as often as said."""
+    """Of "a circle" every size and colour alike, what is said stays, and a set share of sentences leave each open."""
     scene = prompts.SCENES[prompts.parse("a circle above a small red square")].expand(8000, -1)
     settled = prompts.settle(scene, gen())
     assert (settled[:, 2:] == scene[:, 2:]).all()
