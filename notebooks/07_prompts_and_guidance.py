@@ -148,7 +148,7 @@ def by_label(ax, title, draw, mixture, n=400):
     for label, colour in enumerate(LABEL_COLOURS, 1):
         ax.scatter(*draw(label, generator).T, s=4, color=colour, linewidths=0)
     toy_2d.window(ax, title)
-    ax.set(xlim=(-3.8, 3.8), ylim=(-3.8, 3.8))  # over-guided samples leave the data behind
+    ax.set(xlim=(-4.2, 4.2), ylim=(-4.2, 4.2))  # over-guided samples leave the data behind
 
 
 def guidance_panels(axes, mixture, scale, nets, n=400):
