@@ -123,8 +123,8 @@ def sample(net, noise, steps=1, solver="euler", cond=None, *, start=1.0, beta=1.
 
 
 # ═══ 3. Conditions and guidance ═════════════════════════════════════════════════════════════
-# A condition `cond` is a tensor of tokens (B,L): class labels, attributes, or the words of a sentence, from 1 on,
-# padded with 0. All zeros, or None, is unconditional.
+# A condition `cond` is a tensor of tokens (B,L): class labels, attributes, or the words of a sentence, from 1 on, and
+# 0 where nothing is said. All zeros, or None, is unconditional.
 
 
 def refuse(cond):

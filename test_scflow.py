@@ -3532,11 +3532,12 @@ def prompts():
 
 
 def test_the_reader_reads_what_was_drawn(prompts):
-    """At least 99.9% of 3,000 pictures of seen and unseen sentences, and after rounding to bytes."""
+    """All that was drawn, in at least 99.9% of 3,000 pictures of seen and held-out combinations, as bytes."""
     g = gen()
-    numbers = torch.cat([prompts.pick(2000, g), prompts.pick(1000, g, unseen=True)])
+    scenes = prompts.settle(prompts.SCENES[torch.cat([prompts.pick(2000, g), prompts.pick(1000, g, unseen=True)])], g)
+    numbers = torch.tensor([prompts.SENTENCES[prompts.sentence(scene)] for scene in scenes.tolist()])
     pictures = prompts.draw(prompts.SCENES[numbers], g)
-    assert pictures.min() >= 0 and pictures.max() <= 1
+    assert pictures.min() >= 0 and pictures.max() <= 1 and (prompts.SCENES[numbers] >= 0).all()
     assert prompts.accuracy(numbers, (255 * pictures).round() / 255) >= 0.999
 
 
@@ -3551,36 +3552,45 @@ def test_the_reader_notices_every_kind_of_mistake(prompts):
         assert told.sum() > 200 and prompts.accuracy(numbers[told], prompts.draw(wrong[told], g)) <= 0.001, name
 
 
-def test_what_is_left_open_may_be_anything_and_nothing_else_may(prompts):
-    """A sentence that leaves size or colour open is shown by each of its readings, and by no other picture."""
+@pytest.mark.parametrize("open_columns, said", [((0, 4), (1, 5)), ((1, 5), (0, 4)), ((0, 1, 4, 5), ())])
+def test_what_is_left_open_may_be_anything_and_nothing_else_may(prompts, open_columns, said):
+    """Without sizes, colours or both a sentence is shown by each picture of it, and by none if what it says changes."""
     g = gen(3)
-    said = torch.where((prompts.SCENES >= 0).all(1) & ~prompts.UNSEEN)[0]
-    said = said[torch.randperm(len(said), generator=g)[:200]]
-    pictures = prompts.draw(prompts.SCENES[said], g)
-    for columns in ((0, 4), (1, 5), (0, 1, 4, 5)):
-        loose = prompts.SCENES[said].clone()
-        two = loose[:, 3] > 0
-        for column in columns:
-            loose[two if column > 3 else slice(None), column] = -1
-        numbers = torch.tensor([prompts.SENTENCES[prompts.sentence(scene)] for scene in loose.tolist()])
-        assert prompts.accuracy(numbers, pictures) >= 0.995
-        loose[:, 2] = (loose[:, 2] + 1) % 3  # the shapes are no longer those of the picture
-        numbers = torch.tensor([prompts.SENTENCES[prompts.sentence(scene)] for scene in loose.tolist()])
-        assert prompts.accuracy(numbers, pictures) <= 0.005
+    numbers = torch.where((prompts.SCENES >= 0).all(1) & ~prompts.UNSEEN)[0]
+    scenes = prompts.SCENES[numbers[torch.randperm(len(numbers), generator=g)[:200]]]
+    pictures, two = prompts.draw(scenes, g), scenes[:, 3] > 0
+    for column in open_columns:
+        scenes[two if column > 3 else slice(None), column] = -1
+
+    def passes(scenes):
+        return prompts.accuracy(
+            torch.tensor([prompts.SENTENCES[prompts.sentence(s)] for s in scenes.tolist()]), pictures
+        )
+
+    assert passes(scenes) >= 0.995
+    for column in (2, *said):
+        other, count = scenes.clone(), 3 if column == 2 else 4 if column in (1, 5) else 2
+        other[two if column > 3 else slice(None), column] = (
+            other[two if column > 3 else slice(None), column] + 1
+        ) % count
+        assert passes(other) <= (0.01 if column < 4 else 0.01 + float((~two).double().mean())), column
 
 
 def test_a_mean_of_pictures_shows_no_open_colour(prompts):
-    """Means of 100 drawings: readable where all is said (a mean is no proof of learning), never with a colour open."""
+    """Means of 100 drawings: no sentence with an open colour is shown, though most of those that say all are."""
     g, scenes, share = gen(4), prompts.SCENES, []
     for kind in ((scenes >= 0).all(1), (scenes[:, [1, 5]] < 0).any(1)):
         numbers = torch.where(kind & ~prompts.UNSEEN)[0]
         numbers = numbers[torch.randperm(len(numbers), generator=g)[:100]]
         means = torch.stack([prompts.draw(scenes[i].expand(100, -1), g).mean(0) for i in numbers])
         share.append(prompts.accuracy(numbers, means))
-    assert share[0] > 0.7 and share[1] <= 0.01
+    assert share[0] > 0.5 and share[1] <= 0.01
 
 
-@pytest.mark.parametrize("damage", ["noise", "a blot", "half a shape", "an empty ground", "another blue"])
+DAMAGES = ["noise", "a blot", "half a shape", "an empty ground", "two colours", "a dark ground", "a ghost", "specks"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_the_reader_passes_no_damaged_picture(prompts, damage):
     """Of 300 damaged pictures at most 2% pass (a blot may fall on a shape, half a square may look like a shape)."""
     g = gen(2)
@@ -3595,17 +3605,23 @@ def test_the_reader_passes_no_damaged_picture(prompts, damage):
         x = torch.where(inside & (torch.arange(32)[:, None] % 8 < 4), x[:, :, :1, :1], x)
     elif damage == "an empty ground":
         x = x[:, :, :1, :1].expand_as(x)
+    elif damage == "two colours":
+        x = torch.where(torch.arange(32) % 2 == 0, x, x.roll(1, 1))  # every second column has its channels turned
+    elif damage == "a dark ground":
+        x = torch.where((x - x[:, :, :1, :1]).abs().sum(1, keepdim=True) < 0.05, 0.3, x)
+    elif damage == "a ghost":
+        x[:, :, 1:5, 1:5] = 0.55 * x[:, :, 1:5, 1:5] + 0.45 * prompts.PALETTE[2][:, None, None]
     else:
-        x = 0.35 * x
+        for top in range(1, 30, 6):
+            x[:, :, top : top + 2, :2] = prompts.PALETTE[2][:, None, None]
     assert prompts.accuracy(numbers, x) <= 0.02
 
 
 def test_variety_is_the_number_of_colours(prompts):
-    """4 for true pictures of "a circle", 3 for "a square", 1 for "a red circle"; 0 where no object stands alone."""
-    found = []
-    for prompt in ("a circle", "a square", "a red circle", "a circle above a circle"):
-        scenes = prompts.SCENES[prompts.parse(prompt)].expand(300, -1)
-        found.append(prompts.variety(prompts.draw(scenes, gen())))
+    """4 for true pictures of "a circle", 3 for "a square", 1 for "a red circle"; 0 for pictures of something else."""
+    pairs = [("a circle", "a circle"), ("a square", "a square"), ("a circle", "a red circle"), ("a circle", "a square")]
+    scenes = [prompts.SCENES[prompts.parse(drawn)].expand(1000, -1) for _, drawn in pairs]
+    found = [prompts.variety(prompts.parse(a), prompts.draw(x, gen())) for (a, _), x in zip(pairs, scenes)]
     assert found == pytest.approx([4, 3, 1, 0], abs=0.05)
 
 
@@ -3620,14 +3636,34 @@ def test_sentences_and_scenes_are_the_same_thing(prompts):
     assert prompts.TOKENS.max() == len(prompts.WORDS) and prompts.TOKENS.shape[1] == prompts.LENGTH
 
 
+def test_every_word_has_its_place(prompts):
+    """At each of the ten places stand the words of one kind, all of them, or none where that may be left out."""
+    noun = [["a"], [*prompts.SIZES], [*prompts.COLOURS], [*prompts.SHAPES]]
+    for i, words in enumerate([*noun, ["left", "right", "above", "below"], ["of"], *noun]):
+        asked = {1 + prompts.WORDS.index(word) for word in words} | ({0} if i not in (0, 3) else set())
+        assert set(prompts.TOKENS[:, i].tolist()) == asked
+
+
+def test_the_teacher_sees_pictures_of_its_sentences(prompts):
+    """Of 300 latents and tokens of a batch 95% read back as told after decoding, and none shows what is held out."""
+    codec = celeba_latent.Codec(prompts.codec_of(2000))
+    z, words = prompts.captions(codec)(300, gen())
+    tokens = prompts.TOKENS.tolist()
+    numbers = torch.tensor([tokens.index(row) for row in words.tolist()])
+    assert not prompts.UNSEEN[numbers].any() and prompts.accuracy(numbers, codec.decode(z) / 255) > 0.95
+    assert prompts.accuracy(numbers.roll(1), codec.decode(z) / 255) < 0.1
+
+
 def test_held_out_combinations_are_never_trained_on(prompts):
     """Of 20,000 drawn sentences none names one, nor has a picture of an open colour one; the others are all said."""
-    pairs = [f"{colour} {shape}" for colour, shape in prompts.HELD_OUT]
-    named = torch.tensor([any(pair in text for pair in pairs) for text in prompts.SENTENCES])
+    pairs, s = ("green triangle", "yellow square"), prompts.SCENES
+    green, yellow = [*prompts.COLOURS].index("green"), [*prompts.COLOURS].index("yellow")
+    one, two = ((s[:, c] == green) & (s[:, h] == 2) | (s[:, c] == yellow) & (s[:, h] == 1) for c, h in ((1, 2), (5, 6)))
+    named = one | two & (s[:, 3] > 0)
     assert torch.equal(named, prompts.UNSEEN) and 0.2 < named.double().mean() < 0.4
     seen, unseen = prompts.pick(20000, gen()), prompts.pick(20000, gen(), unseen=True)
     assert not named[seen].any() and named[unseen].all()
-    assert len(seen.unique()) > 0.6 * (~named).sum()  # the longest are said once in 40,000 times
+    assert (prompts.CHANCE > 0).all() and prompts.CHANCE.sum() == pytest.approx(1) and len(seen.unique()) > 3000
     assert abs((prompts.SCENES[seen, 3] == 0).double().mean() - 0.2) < 0.05
     settled = prompts.settle(prompts.SCENES[seen], gen(1))
     assert (settled >= 0).all()
@@ -3678,7 +3714,7 @@ def test_following_the_guided_flow_does_not_sample_the_tilted_density(prompts):
         assert abs(scflow.EnergyDistance(truth)(prompts.tilted(mixture, label, 1.0, n, g))) < 0.01
 
 
-def test_captions_are_learned_measured_resumed_and_drawn(prompts, tmp_path, monkeypatch, capsys):
+def test_captions_are_trained_measured_resumed_and_drawn(prompts, tmp_path, monkeypatch, capsys):
     """The README's commands: a table with every network and count, a sheet, a prompt; resumed, nothing runs again."""
     monkeypatch.chdir(tmp_path)
     commands = dict(train=prompts.train_command, sample=prompts.sample_command)
@@ -3700,6 +3736,7 @@ def test_captions_are_learned_measured_resumed_and_drawn(prompts, tmp_path, monk
         rows[0]["accuracy"] == rows[0]["held-out combinations"] == "100.0 ± 0.0%"
         and rows[2]["accuracy"] == "0.0 ± 0.0%"
     )
+    assert float(rows[1]["accuracy"].split()[0]) > 99
     assert Image.open("runs/captions/seed-0/prompts.png").size[0] > 500
     before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.pt")}
     assert len(before) == 6 and program(*given) == 2 and "--overwrite" in capsys.readouterr().err

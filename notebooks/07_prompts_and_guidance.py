@@ -23,7 +23,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -253,7 +253,7 @@ def every_scene():
     return scenes, torch.cat([0.2 * said, 0.8 / 4 * said[i] * said[j]])
 
 
-SCENES, SAID = every_scene()
+SCENES, CHANCE = every_scene()
 SENTENCES = {sentence(scene): i for i, scene in enumerate(SCENES.tolist())}  # sentence: number of the scene
 TOKENS = torch.tensor([[["", *WORDS].index(word) for word in template(scene)] for scene in SCENES.tolist()])
 UNSEEN = torch.tensor([any(f"{colour} {shape}" in s for colour, shape in HELD_OUT) for s in SENTENCES])
@@ -270,7 +270,7 @@ def parse(prompt):
 
 def pick(n, generator=None, unseen=False):
     """Numbers (n,) of random scenes: those seen in training (22% of one object), or those with what is held out."""
-    chance = (SAID * (UNSEEN == unseen)).to(generator.device if generator else "cpu")
+    chance = (CHANCE * (UNSEEN == unseen)).to(generator.device if generator else "cpu")
     return torch.multinomial(chance, n, replacement=True, generator=generator)
 
 
@@ -301,7 +301,7 @@ def settle(scenes, generator=None):
 
 
 def draw(scenes, generator=None):
-    """Pictures (B,3,32,32) in [0,1] of scenes (B,7), where the scenes are."""
+    """Pictures (B,3,32,32) in [0,1] of scenes (B,7), on the device of the scenes, where the generator must be too."""
     scenes, n, device = settle(scenes, generator), len(scenes), scenes.device
     relation, grid, palette = scenes[:, 3:4], GRID.to(device), PALETTE.to(device)
 
@@ -313,12 +313,12 @@ def draw(scenes, generator=None):
     along = directions[relation[:, 0]]  # (B,2), from the first to the second
     step = torch.where(along != 0, along * between(15.5, 16.5, 1), between(-2, 2, 1)) * (relation > 0)
     centre = SIDE / 2 + torch.where(relation > 0, between(-0.5, 0.5, 2), between(-2, 2, 2))
-    small, large = torch.tensor([*SIZES.values()], device=device).T
+    low, high = torch.tensor([*SIZES.values()], device=device).T
     for (size, colour, shape), where, there in (
         (scenes[:, :3].T, centre - step / 2, relation[:, 0] >= 0),
         (scenes[:, 4:].T, centre + step / 2, relation[:, 0] > 0),
     ):
-        radius = small[size] + (large - small)[size] * between(0, 1)
+        radius = low[size] + (high - low)[size] * between(0, 1)
         rgb = (palette[colour] + between(-0.06, 0.06, 3)).clamp(0, 1)
         mask = cover(grid - where[:, :1], grid - where[:, 1:], radius, shape) * there[:, None, None]
         picture = picture + mask[:, None] * (rgb[:, :, None, None] - picture)
@@ -339,13 +339,14 @@ if LECTURE:
 # ## The reader
 #
 # Whether a picture shows what the sentence says is a question for a program, not for an opinion. It finds the ground
-# (the median of the border), the blobs (touching pixels nearer to a colour than to the ground), and for each the shape
-# and radius that, drawn in its place, come closest. A blob that is nothing of the kind, or of a colour between two,
-# makes the picture wrong, as does one that is neither small nor large where the sentence asks. What it leaves open may
-# be anything.
+# (the median of the border, which has to be bright), the blobs (five touching pixels and more that are nearer to a
+# colour than to the ground), and for each the shape and radius that, drawn in its place, come closest. A blob that is
+# close to none, or half of the way to another colour, makes the picture wrong, as does any other stain, or an object
+# that is neither small nor large where the sentence asks. What it leaves open may be anything.
 
 # %%
 RADII = torch.arange(3.0, 7.6, 0.25)  # that the reader tries
+HALF_WAY = float(torch.pdist(PALETTE).min()) / 2  # from a colour to the nearest other one, 0.33; drawn within 0.1
 
 
 def blobs(mask):
@@ -360,31 +361,39 @@ def blobs(mask):
 
 
 def read(pictures):
-    """For each picture (B,3,32,32) in [0,1] a list of its objects, (size, colour, shape, x, y), or None for a blot."""
+    """For each picture (B,3,32,32) in [0,1] its objects, each (size, colour, shape, x, y), size 2 for neither.
+
+    What is none, a blot or a stain on the ground, is None.
+    """
     edge = torch.cat([pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, :, 0], pictures[:, :, :, -1]], 2)
     ground = edge.median(2).values  # (B,3)
     known = torch.cat([ground[:, None], PALETTE.expand(len(pictures), -1, -1)], 1)  # (B,5,3)
     colour = (pictures[:, None] - known[..., None, None]).square().sum(2).argmin(1)  # (B,32,32), 0 the ground
-    numbers, found = blobs(colour > 0), [[] for _ in pictures]
-    pairs = []
+    numbers = blobs(colour > 0)
+    dull = (ground.mean(1) < 0.7) | ((ground - ground.mean(1, keepdim=True)).abs().amax(1) > 0.1)
+    off = (pictures - ground[..., None, None]).norm(dim=1) > 0.3  # (B,32,32)
+    pairs, found = [], []
     for i, own in enumerate(numbers):
-        mine = [k for k, n in zip(*own.unique(return_counts=True)) if k and n >= 5]
-        found[i] += [None] * len(mine) if len(mine) > 2 else []  # too many, whatever they are
-        pairs += [(i, k) for k in mine] if len(mine) <= 2 else []
+        sizes = own.unique(return_counts=True)
+        mine = [k for k, n in zip(*sizes) if k and n >= 5]
+        near = F.max_pool2d(torch.isin(own, torch.tensor(mine))[None].float(), 3, 1, 1)[0]
+        wrong = dull[i] or len(mine) > 2 or (off[i] & (near == 0)).sum() >= 5
+        found.append([None] if wrong else [])
+        pairs += [] if wrong else [(i, k) for k in mine]
     if not pairs:
         return found
     row, number = (torch.tensor(column) for column in zip(*pairs))  # (N,) blobs of five pixels and more
     mask = numbers[row] == number[:, None, None]  # (N,32,32)
     votes = torch.stack([(mask & (colour[row] == 1 + c)).sum((1, 2)) for c in range(len(PALETTE))], 1)  # (N,4)
-    pure, colour = (votes / votes.sum(1, keepdim=True)).max(1)
-    # How much of each pixel is covered: its place between the ground and the colour, one for the fullest.
-    towards = PALETTE[colour] - ground[row]
-    share = ((pictures[row] - ground[row][..., None, None]) * towards[..., None, None]).sum(1)
-    share = share * F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]  # and a pixel around
-    fullest, where = share.flatten(1).topk(8)  # (N,8)
-    inner = pictures[row].flatten(2).gather(2, where[:, None].expand(-1, 3, -1)).mean(2)  # (N,3)
-    true = (inner - PALETTE[colour]).norm(dim=1) < 0.3  # half of the way to the nearest other colour is 0.33
-    share = (share / fullest.mean(1)[:, None, None]).clamp(0, 1)
+    colour = votes.argmax(1)
+    inside = pictures[row].masked_fill(~mask[:, None], torch.nan).flatten(2).nanmedian(2).values  # (N,3)
+    pure = (inside - PALETTE[colour]).norm(dim=1) < HALF_WAY
+    # How much of each pixel is covered, its place between the ground and that colour, and how far it is from both.
+    towards = (inside - ground[row])[..., None, None]
+    offset = (pictures[row] - ground[row][..., None, None]) * F.max_pool2d(mask[:, None].float(), 3, 1, 1)
+    length = towards.square().sum(1)
+    share = ((offset * towards).sum(1) / length).clamp(0, 1)  # (N,32,32)
+    stray = ((offset - share[:, None] * towards).square().sum(1) / length).sum((1, 2))
     mass = share.sum((1, 2))
     x, y = (share.sum(1) * GRID).sum(1) / mass, (share.sum(2) * GRID).sum(1) / mass  # the centre of mass (N,)
     errors = []
@@ -392,11 +401,11 @@ def read(pictures):
         for radius in RADII.expand(len(row), -1).T:
             lower = 0.95 / 3 * radius * (shape == 2)  # of a triangle the mass lies lower than the middle
             ideal = cover(GRID - x[:, None], GRID - (y - lower)[:, None], radius, torch.full_like(row, shape))
-            errors.append((ideal - share).square().sum((1, 2)) / mass)
+            errors.append(((ideal - share).square().sum((1, 2)) + stray) / mass)
     error, best = torch.stack(errors, 1).min(1)
     shape, radius = best // len(RADII), RADII[best % len(RADII)]
-    size = torch.where(radius < 4.9, 0, torch.where(radius > 5.6, 1, 2))  # or neither
-    good = (error < 0.12) & (pure > 0.5) & true
+    size = torch.where((radius - 4.25).abs() < 0.7, 0, torch.where((radius - 6.25).abs() < 0.7, 1, 2))
+    good = (error < 0.12) & pure & (radius > RADII[0]) & (radius < RADII[-1])
     for i, ok, *values in zip(*(v.tolist() for v in (row, good, size, colour, shape, x, y))):
         found[i].append(tuple(values) if ok else None)
     return found
@@ -419,16 +428,16 @@ def shows(scene, found):
 
 
 def accuracy(numbers, pictures):
-    """The share of pictures (B,3,32,32) that show what their scenes (B,) say: every attribute, and nothing else."""
+    """The share of pictures (B,3,32,32) that show what their scenes (B,) say, all of it, and nothing else."""
     found = [objects for part in pictures.split(500) for objects in read(part)]
     return float(np.mean([shows(scene, objects) for scene, objects in zip(SCENES[numbers].tolist(), found)]))
 
 
-def variety(pictures):
-    """How many colours the single objects of pictures (B,3,32,32) have, as exp of the entropy; 0 if none is read."""
-    colours = [objects[0][1] for objects in read(pictures) if len(objects) == 1 and objects[0]]
-    share = np.unique(colours, return_counts=True)[1] / max(1, len(colours))
-    return float(np.exp(-(share * np.log(share)).sum())) if colours else 0.0
+def variety(number, pictures):
+    """How many colours have the pictures (B,3,32,32) that show a scene of one object: exp of the entropy, or 0."""
+    shown = [found[0][1] for found in read(pictures) if shows(SCENES[number].tolist(), found)]
+    share = np.unique(shown, return_counts=True)[1] / max(1, len(shown))
+    return float(np.exp(-(share * np.log(share)).sum())) if shown else 0.0
 
 
 # %% [markdown]
@@ -452,14 +461,20 @@ def mistakes():
         other[:, 3] = torch.tensor([0, 2, 1, 4, 3])[scenes[:, 3]]
         return other
 
+    def quarter(scenes):
+        other = scenes.clone()
+        other[:, 3] = torch.tensor([0, 3, 4, 1, 2])[scenes[:, 3]]
+        return other
+
     def crossed(scenes):  # the colours change places
         return scenes[:, [0, 5, 2, 3, 4, 1, 6]]
 
     def alone(scenes):
         return torch.cat([scenes[:, :3], 0 * scenes[:, 3:]], 1)
 
-    made = {name: changed(column, n) for name, column, n in (("size", 0, 2), ("colour", 1, 4), ("shape", 2, 3))}
-    return made | {"relation": turned, "colours swapped": crossed, "one missing": alone}
+    kinds = {"size": (0, 2), "colour": (1, 4), "shape": (2, 3), "size of the second": (4, 2)}
+    made = {name: changed(*kind) for name, kind in (kinds | {"colour of the second": (5, 4)}).items()}
+    return made | {"turned by a quarter": quarter, "relation": turned, "colours swapped": crossed, "one missing": alone}
 
 
 if LECTURE:
@@ -477,8 +492,9 @@ if LECTURE:
 # ## Teacher and student
 #
 # Everything is as for faces: patches of 8×8 pixels become their 32 main components, a small DiT sees them as 16 tokens,
-# and the words of the sentence are ten more. A tenth of the teacher's rows lose their sentence, so that one network
-# knows both velocities. The guided teacher, two passes a step, is distilled into a student that needs one.
+# and the ten places of a sentence, filled or empty, as ten more. A tenth of the teacher's rows lose their sentence, so
+# that one network knows both velocities. The guided teacher, two passes a step, is distilled into a student that needs
+# one.
 #
 # Here the critic may hold the student against the data: at this scale guidance mends what the teacher gets wrong, and
 # the data are what both should look like.
@@ -566,12 +582,14 @@ def run_one(asked, seed):
     """Teacher, student and measures of one seed; returns its folder and metrics. A finished run is read back."""
     dims, settings, schedule = PRESETS[asked.preset]
     config = dict(seed=seed, guidance=asked.guidance, preset=asked.preset, samples=asked.samples, device=asked.device)
+    config |= dict(network=dims, teacher=asdict(settings), student=[asdict(phase) for phase in schedule])
     folder = Path(asked.out, f"seed-{seed}")
     started = asked.resume and (folder / "config.json").exists()
     folder = toy_2d.open_folder(folder, "", started, asked.overwrite, config)
     if started and (folder / "metrics.json").exists():
         return folder, toy_2d.read_json(folder / "metrics.json", "rows")
-    run, log, content = replace(asked, resume=started), Log(), codec_of()
+    run, log, kept = replace(asked, resume=started), Log(), folder / "teacher.pt"
+    content = scflow.read(kept)["codec"] if kept.exists() else codec_of()
     codec = celeba_latent.Codec(content, run.device)
     tokens, device = (LENGTH, len(WORDS)), run.device
     torch.manual_seed(seed)  # initial weights
@@ -585,7 +603,7 @@ def run_one(asked, seed):
     loop = partial(scflow.distill, guided, disc, batch, generator, schedule, teacher)
     total = sum(p.steps for p in schedule)
     student = toy_2d.stage("student", run, folder, log, teacher, lambda r: loop(resume=r), total, codec=content)
-    metrics = config | dict(rows=measure(asked, codec, teacher, student), machine=toy_2d.machine())
+    metrics = config | dict(rows=measure(asked, codec, teacher, student, seed), machine=toy_2d.machine())
     toy_2d.drawing()
     toy_2d.write_figure(folder / "prompts.png", prompt_sheet(codec, teacher, student, run.guidance), 80)
     toy_2d.write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
@@ -599,11 +617,11 @@ def paint(codec, net, numbers, steps, seed=0):
     return torch.cat([codec.decode(scflow.sample(net, x, steps, cond=cond)) for x, cond in parts])
 
 
-def measure(asked, codec, teacher, student):
+def measure(asked, codec, teacher, student, seed):
     """Rows of prompt accuracy and Fréchet distances: truth, autoencoder, teacher without and with guidance, student."""
-    generator, n = torch.Generator().manual_seed(10**6), asked.samples
+    generator, n = torch.Generator().manual_seed(10**6 + seed), asked.samples
     numbers, unseen = pick(n, generator), pick(max(1, n // 4), generator, unseen=True)
-    circles = torch.full((max(1, n // 4),), parse("a circle"))
+    circles = torch.full((max(1, n // 4),), circle := parse("a circle"))
 
     def drawn(numbers):
         return (255 * draw(SCENES[numbers], generator)).round().byte()
@@ -617,10 +635,10 @@ def measure(asked, codec, teacher, student):
     plan += [("teacher, unguided", teacher, k) for k in (1, 2, 4, 50)]
     plan += [("teacher, guided", guided, 50), *(("student", student, k) for k in (1, 2, 4, 8))]
     for who, net, steps in plan:
-        make = partial(paint, codec, net, steps=steps) if steps else net
+        make = partial(paint, codec, net, steps=steps, seed=10**6 + seed) if steps else net
         seen, other, open_colour = map(make, (numbers, unseen, circles))
         row = dict(who=who, steps=steps, nfe=steps * (1 + (net is guided)), accuracy=accuracy(numbers, seen / 255))
-        row |= dict(unseen=accuracy(unseen, other / 255), colours=variety(open_colour / 255))
+        row |= dict(unseen=accuracy(unseen, other / 255), colours=variety(circle, open_colour / 255))
         rows.append(row | compare(*celeba_latent.features_of(seen)))
     return rows
 
@@ -631,7 +649,8 @@ def captions_table(done):
     seeds = ", ".join(str(m["seed"]) for m in done)
     yield f"Preset {first['preset']}, guidance {first['guidance']:g}, {first['samples']} samples, seeds {seeds};"
     yield f"{first['machine']}."
-    yield "Accuracy: share of pictures that show all the sentence says. Layout, texture: Fréchet distances ×10³."
+    yield "Accuracy: share of pictures that show all the sentence says. Colours: exp of their entropy where they"
+    yield 'show "a circle", 4 at best. Layout, texture: Fréchet distances ×10³.'
     head = ("network", "evaluations", "accuracy", "held-out combinations", 'colours of "a circle"', "layout", "texture")
     yield from ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for i, row in enumerate(first["rows"]):
@@ -659,7 +678,7 @@ def sheet(columns, prompts, figsize):
     """A figure with a row for each sentence and a column {title: pictures} for each network."""
     figure, axes = plt.subplots(len(prompts), len(columns), figsize=figsize, layout="constrained")
     for row, prompt, pictures in zip(axes, prompts, zip(*columns.values())):
-        unseen = " *" * bool(UNSEEN[parse(prompt)])
+        unseen = "\n(held out)" * bool(UNSEEN[parse(prompt)])
         first, *rest = prompt.split(" a ")
         text = "\na ".join([first, *rest]) + unseen
         row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=10)
