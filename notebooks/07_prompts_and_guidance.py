@@ -497,7 +497,7 @@ if LECTURE:
 # one.
 #
 # Here the critic may hold the student against the data: at this scale guidance mends what the teacher gets wrong, and
-# the data are what both should look like.
+# the data are what both should look like. The student ends nearer to them than its guided teacher is.
 
 # %%
 # The schedule of the faces, with a wider window, in which the student learns faster, and a critic that learns slowly:
@@ -708,7 +708,7 @@ def prompt_sheet(codec, teacher, student, scale):
 
 # %% [markdown]
 # A few hundred updates of the teacher show in which order things are learned: where something is, then its colour and
-# size, and last which shape. The reader, which wants everything right, passes hardly any of these.
+# size, and last which shape.
 
 # %%
 if LECTURE:
@@ -724,8 +724,13 @@ if LECTURE:
     plt.show()
 
 # %% [markdown]
-# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2` trains three teachers and their students, and writes a
-# table and a sheet of prompts; `sample --prompt "..."` draws a sentence.
+# `python notebooks/07_prompts_and_guidance.py --seeds 0 1 2` trains three teachers and their students to the end, and
+# writes a table and a sheet of prompts (both are in the README); `sample --prompt "..."` draws a sentence.
+#
+# Where the sentence says all, the unguided teacher's single step is often readable too: the mean of pictures that
+# hardly differ is one of them, only softer. Where a colour is open it never is. There the student has something to
+# learn, and there it makes most of its mistakes: noise that lies between two colours gives a mixture of them in one
+# step. The next steps decide.
 
 # %% [markdown]
 # **Exercise.** When does the guided flow end in the tilted density after all? Take one Gaussian for the velocity
