@@ -717,9 +717,11 @@ if LECTURE:
     codec, generator = celeba_latent.Codec(codec_of()), torch.Generator().manual_seed(100)
     net = scflow.DiT(LATENT, 1, **dims, tokens=(LENGTH, len(WORDS)))
     numbers, columns = torch.tensor([parse(prompt) for prompt in SHEET[:4]]), {}
-    for run in scflow.train_teacher(net, captions(codec), generator, replace(settings, teacher_steps=450)):
-        if run.step % 150 == 0:
+    for run in scflow.train_teacher(net, captions(codec), generator, settings):
+        if run.step % 250 == 0:
             columns[f"{run.step} updates"] = paint(codec, scflow.guided(run.ema, 2.0), numbers, 20, seed=1)
+        if run.step == 750:
+            break
     sheet(columns, SHEET[:4], figsize=(6, 5))
     plt.show()
 
