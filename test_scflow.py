@@ -3532,9 +3532,9 @@ def prompts():
 
 
 def test_the_reader_reads_what_was_drawn(prompts):
-    """All that was drawn, in at least 99.9% of 3,000 pictures of seen and held-out combinations, as bytes."""
+    """All that was drawn, in at least 99.9% of 1,500 pictures of seen and held-out combinations, as bytes."""
     g = gen()
-    scenes = prompts.settle(prompts.SCENES[torch.cat([prompts.pick(2000, g), prompts.pick(1000, g, unseen=True)])], g)
+    scenes = prompts.settle(prompts.SCENES[torch.cat([prompts.pick(1000, g), prompts.pick(500, g, unseen=True)])], g)
     numbers = torch.tensor([prompts.SENTENCES[prompts.sentence(scene)] for scene in scenes.tolist()])
     pictures = prompts.draw(prompts.SCENES[numbers], g)
     assert pictures.min() >= 0 and pictures.max() <= 1 and (prompts.SCENES[numbers] >= 0).all()
@@ -3545,11 +3545,11 @@ def test_the_reader_notices_every_kind_of_mistake(prompts):
     """At most 0.1% of pictures of a scene that differs in one thing alone pass for the sentence, for each thing."""
     g, scenes = gen(1), prompts.SCENES  # of two objects, all said of both
     numbers = torch.where((scenes >= 0).all(1) & (scenes[:, 3] > 0) & (scenes[:, :3] != scenes[:, 4:]).any(1))[0]
-    numbers = numbers[torch.randperm(len(numbers), generator=g)[:400]]
+    numbers = numbers[torch.randperm(len(numbers), generator=g)[:250]]
     for name, change in prompts.mistakes().items():
         wrong = change(prompts.SCENES[numbers])
         told = (wrong != prompts.SCENES[numbers]).any(1)
-        assert told.sum() > 200 and prompts.accuracy(numbers[told], prompts.draw(wrong[told], g)) <= 0.001, name
+        assert told.sum() > 120 and prompts.accuracy(numbers[told], prompts.draw(wrong[told], g)) <= 0.001, name
 
 
 @pytest.mark.parametrize("open_columns, said", [((0, 4), (1, 5)), ((1, 5), (0, 4)), ((0, 1, 4, 5), ())])
@@ -3620,7 +3620,7 @@ def test_the_reader_passes_no_damaged_picture(prompts, damage):
 def test_variety_is_the_number_of_colours(prompts):
     """4 for true pictures of "a circle", 3 for "a square", 1 for "a red circle"; 0 for pictures of something else."""
     pairs = [("a circle", "a circle"), ("a square", "a square"), ("a circle", "a red circle"), ("a circle", "a square")]
-    scenes = [prompts.SCENES[prompts.parse(drawn)].expand(1000, -1) for _, drawn in pairs]
+    scenes = [prompts.SCENES[prompts.parse(drawn)].expand(400, -1) for _, drawn in pairs]
     found = [prompts.variety(prompts.parse(a), prompts.draw(x, gen())) for (a, _), x in zip(pairs, scenes)]
     assert found == pytest.approx([4, 3, 1, 0], abs=0.05)
 
@@ -3724,6 +3724,7 @@ def test_captions_are_trained_measured_resumed_and_drawn(prompts, tmp_path, monk
 
     written = re.findall(r"^python notebooks/07_prompts_and_guidance.py (.*)$", README, re.M)
     given, drawn = (shlex.split(command) for command in written)
+    given.remove("2")  # two seeds have a deviation too
     given += ["--samples", 200, "--device", "cpu", "--quiet"]
     assert program(*given) == 0
     rows = list(tables(Path("runs/captions/captions.md").read_text(encoding="utf-8")))
@@ -3739,7 +3740,7 @@ def test_captions_are_trained_measured_resumed_and_drawn(prompts, tmp_path, monk
     assert float(rows[1]["accuracy"].split()[0]) > 99
     assert Image.open("runs/captions/seed-0/prompts.png").size[0] > 500
     before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.pt")}
-    assert len(before) == 6 and program(*given) == 2 and "--overwrite" in capsys.readouterr().err
+    assert len(before) == 4 and program(*given) == 2 and "--overwrite" in capsys.readouterr().err
     assert program(*given, "--resume") == 0
     assert before == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.pt")}
     assert program(*drawn, "--steps", 1, 2, "--count", 3, "--device", "cpu") == 0
