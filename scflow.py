@@ -549,7 +549,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.modulation(F.silu(c)).chunk(2, 1)
-        h = h[:, : len(self.positions)]
+        h = h[:, : len(self.positions)] if words else h
         return unpatchify(self.head(modulate(self.norm(h), shift, scale)), self.patch, *self.shape[1:])
 
     def flops(self):
