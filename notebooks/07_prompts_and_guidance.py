@@ -500,8 +500,8 @@ if LECTURE:
 # the data are what both should look like. The student ends nearer to them than its guided teacher is.
 
 # %%
-# The schedule of the faces, with a wider window, in which the student learns faster, and a critic that learns slowly:
-# one that soon tells every sample from the data pulls the student away from its guided teacher, and from the prompt.
+# The schedule of the faces, with a wider window, and a critic that learns slowly: one that soon tells every sample from
+# the data may pull the student away from its guided teacher, and from the prompt.
 FIRST, LAST = celeba_latent.SCHEDULES["two_phase"]
 FIRST = replace(FIRST, delta=0.3, lr_disc=5e-5, at_one=0.25)
 LAST = replace(LAST, lr=2e-4, lr_disc=5e-5, lambda_adv=0.003, at_one=0.5)
@@ -531,7 +531,7 @@ class Captions(celeba_latent.Folder):
     out: str = option("runs/captions", "folder of the run folders")
 
 
-LATENT = (32, 4, 4)  # 32 components of each patch of 8×8 pixels: with 64 the same network learns half as fast
+LATENT = (32, 4, 4)  # 32 components of each patch of 8×8 pixels: enough to read every object back
 
 
 def codec_of(drawings=6000, scale=0.35):
@@ -731,8 +731,7 @@ if LECTURE:
 #
 # Where the sentence says all, the unguided teacher's single step is often readable too: the mean of pictures that
 # hardly differ is one of them, only softer. Where a colour is open it never is. There the student has something to
-# learn, and there it makes most of its mistakes: noise that lies between two colours gives a mixture of them in one
-# step. The next steps decide.
+# learn, and there the sheet shows its mistakes: a mixture of two colours.
 
 # %% [markdown]
 # **Exercise.** When does the guided flow end in the tilted density after all? Take one Gaussian for the velocity
