@@ -3744,7 +3744,7 @@ def test_captions_are_trained_measured_resumed_and_drawn(prompts, tmp_path, monk
     assert program(*given, "--resume") == 0
     assert before == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.pt")}
     assert program(*drawn, "--steps", 1, 2, "--count", 3, "--device", "cpu") == 0
-    assert Image.open("prompt.png").size == (3 * 128, 2 * 128)
+    assert Image.open("prompt.png").size == (3 * 136, 2 * 136)
     out = ["--out", "runs/captions/seed-0/teacher.pt", "--device", "cpu"]
     assert program("sample", "--prompt", "a large blue circle", *out) == 0
 

@@ -148,7 +148,7 @@ def by_label(ax, title, draw, mixture, n=400):
     for label, colour in enumerate(LABEL_COLOURS, 1):
         ax.scatter(*draw(label, generator).T, s=4, color=colour, linewidths=0)
     toy_2d.window(ax, title)
-    ax.set(xlim=(-4.2, 4.2), ylim=(-4.2, 4.2))  # over-guided samples leave the data behind
+    ax.set(xlim=(-4.9, 4.9), ylim=(-4.9, 4.9))  # over-guided samples leave the data behind
 
 
 def guidance_panels(axes, mixture, scale, nets, n=400):
@@ -793,7 +793,8 @@ def sample_command(argv):
     net, codec = celeba_latent.load_run(source / "student.pt" if source.is_dir() else source, asked.device)
     numbers = torch.full((asked.count,), number)
     rows = [paint(codec, net, numbers, steps, asked.seed) for steps in asked.steps]
-    grid = torch.cat([torch.cat([*row.permute(0, 2, 3, 1)], 1) for row in rows])  # (rows·32, count·32, 3)
+    framed = [F.pad(row, (1, 1, 1, 1), value=255).permute(0, 2, 3, 1) for row in rows]  # (count,34,34,3)
+    grid = torch.cat([torch.cat([*row], 1) for row in framed])  # (rows·34, count·34, 3)
     image = Image.fromarray(grid.numpy())
     image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(asked.file)
     for steps, row in zip(asked.steps, rows):
