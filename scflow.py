@@ -137,7 +137,8 @@ def check_tokens(cond, shape, words):
     """Raise ValueError unless a condition (B,L) has integers of that shape and, as far as a CPU sees, up to `words`."""
     good = not cond.is_floating_point() and cond.shape == shape
     require(good, f"a condition is whole numbers of shape {tuple(shape)}, not {cond.dtype} {tuple(cond.shape)}")
-    # Values are looked at on a CPU only, for a GPU would be kept waiting: there an unknown token passes for another.
+    # Values are looked at on a CPU only, for a GPU would be kept waiting: there an unknown token passes for another,
+    # or at the last place stops the program.
     low, high = cond.aminmax() if cond.device.type == "cpu" and cond.numel() else (0, 0)
     require(low >= 0 and high <= words, f"tokens lie between 0 and {words}, not between {low} and {high}")
 
@@ -153,7 +154,7 @@ def guided(net, scale):
     """
 
     def velocity(x, t, cond=None):
-        require(cond is not None, "guidance needs a condition")
+        require(cond is not None and len(cond) == len(x), "guidance needs a condition for every row")
         given, free = net(*(torch.cat([a, a]) for a in (x, t)), torch.cat([cond, 0 * cond])).chunk(2)
         return free + scale * (given - free)
 
@@ -413,7 +414,8 @@ class MLP(nn.Module):
 def projected(logits, features, embeddings):
     """A critic's logits (B,) plus features (B,D) · vectors of the words [(B,L,D)] or [] (Miyato & Koyama, 2018).
 
-    For words that x determines each on its own, log p(c|x) is such a sum over the words.
+    For words that x determines each on its own, log p(c|x) is such a sum over the words. What only their combination
+    says it cannot tell: "A left of B" and "B right of A" together weigh as much as "B left of A" and "A right of B".
     """
     return sum(((features * e.sum(1)).sum(1) for e in embeddings), start=logits)
 

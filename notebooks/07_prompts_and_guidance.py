@@ -169,10 +169,8 @@ def draw_guidance(folders):
     """A row for the run of each guidance scale."""
     figure, axes = plt.subplots(len(folders), 4, figsize=(11, 2.8 * len(folders)), squeeze=False)
     for row, folder in zip(axes, folders):
-        scale, content = (
-            toy_2d.read_json(folder / "config.json", "guidance")["guidance"],
-            scflow.read(folder / "student.pt"),
-        )
+        scale = toy_2d.read_json(folder / "config.json", "guidance")["guidance"]
+        content = scflow.read(folder / "student.pt")
         teacher = scflow.build(content["teacher"]["arch"])
         teacher.load_state_dict(content["teacher"]["weights"])
         nets = {"teacher, 50 steps": (scflow.guided(teacher, scale), 50)}
@@ -190,9 +188,9 @@ if LECTURE:
     plt.show()
 
 # %% [markdown]
-# At w = 1 both are the label's own mixture, and nothing is lost. From w = 2 on, the Gaussians near the centre, which
-# might be another label's, are given up: samples that are surer of their label, and no longer its distribution. The
-# tilted density and the end of the guided flow are not the same, the exact one included.
+# At w = 1 both are the label's own mixture, and nothing is lost. From w = 2 on, the guided flow gives up the Gaussians
+# near the centre, which might be another label's: samples that are surer of their label, and no longer its
+# distribution. The tilted density keeps them: it is not what the guided flow ends in, not even the exact one.
 #
 # `python toy_2d.py --dataset labelled --guidance 1 2 4` trains a teacher and a student for each scale. One thing had to
 # change: guided samples are distributed otherwise than the data, and **a critic that holds the student against the
@@ -536,7 +534,7 @@ LATENT = (32, 4, 4)  # 32 components of each patch of 8×8 pixels: enough to rea
 
 
 def codec_of(drawings=6000, scale=0.35):
-    """The autoencoder of the captions, as `celeba_latent.Codec`, and `encode(pictures)` for it.
+    """The autoencoder of the captions, as a dictionary of which `celeba_latent.Codec` is made.
 
     Latents have a deviation of `scale`: what a picture shows is then decided in the middle of the path. At unit scale
     it would be settled right after t = 1, where few of the times that training draws lie.
@@ -618,6 +616,15 @@ def paint(codec, net, numbers, steps, seed=0):
     return torch.cat([codec.decode(scflow.sample(net, x, steps, cond=cond)) for x, cond in parts])
 
 
+def twins(numbers):
+    """The scenes (B,) with red in place of each colour that is held out: as hard, and seen in training."""
+    scenes = SCENES[numbers]
+    for colour, shape in ((1, 2), (5, 6)):
+        held = (scenes[:, colour] >= 0) & ~TRAINED[scenes[:, shape], scenes[:, colour]]
+        scenes[held, colour] = 0
+    return torch.tensor([SENTENCES[sentence(scene)] for scene in scenes.tolist()])
+
+
 def measure(asked, codec, teacher, student, seed):
     """Rows of prompt accuracy and Fréchet distances: truth, autoencoder, teacher without and with guidance, student."""
     generator, n = torch.Generator().manual_seed(10**6 + seed), asked.samples
@@ -637,27 +644,29 @@ def measure(asked, codec, teacher, student, seed):
     plan += [("teacher, guided", guided, 50), *(("student", student, k) for k in (1, 2, 4, 8))]
     for who, net, steps in plan:
         make = partial(paint, codec, net, steps=steps, seed=10**6 + seed) if steps else net
-        seen, other, open_colour = map(make, (numbers, unseen, circles))
+        seen, other, red, open_colour = map(make, (numbers, unseen, twins(unseen), circles))
         row = dict(who=who, steps=steps, nfe=steps * (1 + (net is guided)), accuracy=accuracy(numbers, seen / 255))
-        row |= dict(unseen=accuracy(unseen, other / 255), colours=variety(circle, open_colour / 255))
+        row |= dict(unseen=accuracy(unseen, other / 255), twins=accuracy(twins(unseen), red / 255))
+        row |= dict(colours=variety(circle, open_colour / 255))
         rows.append(row | compare(*celeba_latent.features_of(seen)))
     return rows
 
 
 def captions_table(done):
     """Lines of Markdown: mean ± sd over seeds."""
-    first, names = done[0], ("accuracy", "unseen", "colours", "layout", "texture")
+    first, names = done[0], ("accuracy", "unseen", "twins", "colours", "layout", "texture")
     seeds = ", ".join(str(m["seed"]) for m in done)
     yield f"Preset {first['preset']}, guidance {first['guidance']:g}, {first['samples']} samples, seeds {seeds};"
     yield f"{first['machine']}."
-    yield "Accuracy: share of pictures that show all the sentence says. Colours: exp of their entropy where they"
+    yield "Accuracy: share of pictures that show all the sentence says, of seen sentences, of held-out combinations, and"
+    yield "of the same sentences with red for the colour that is held out. Colours: exp of their entropy where pictures"
     yield 'show "a circle", 4 at best. Layout, texture: Fréchet distances ×10³.'
-    head = ("network", "evaluations", "accuracy", "held-out combinations", 'colours of "a circle"', "layout", "texture")
+    head = ("network", "evaluations", "accuracy", "held out", "in red", 'colours of "a circle"', "layout", "texture")
     yield from ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for i, row in enumerate(first["rows"]):
         cells = []
         for name in names:
-            unit, digits, factor = {"colours": ("", 2, 1)}.get(name, ("%" * (name in names[:2]), 1, 1000))
+            unit, digits, factor = {"colours": ("", 2, 1)}.get(name, ("%" * (name in names[:3]), 1, 1000))
             v = np.array([m["rows"][i][name] for m in done]) * (100 if unit else factor)
             spread = f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else ""
             cells.append(f"{v.mean():.{digits}f}{spread}{unit}")
@@ -750,9 +759,9 @@ def guided_mean(m, scale):
 # %%
 pair = [scflow.GaussianMixture([[mean, 0.0]], 0.5) for mean in (0.0, 1.2)]
 both = lambda x, t, cond: torch.where(cond > 0, pair[1](x, t), pair[0](x, t))  # noqa: E731
-noise, label = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)), torch.ones(4000, 1, dtype=torch.int64)
+noise, label = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)), torch.ones(1000, 1, dtype=torch.int64)
 for scale in (0.5, 1.0, 3.0):
-    x = scflow.sample(scflow.guided(both, scale), noise, 100, "heun", label)
+    x = scflow.sample(scflow.guided(both, scale), noise, 20, "heun", label)
     mean, width = x.mean(0), x.std(0)
     assert abs(mean[0] - guided_mean(1.2, scale)) < 0.05 and (width - 0.5).abs().max() < 0.05
 # Velocities of Gaussians of one width are linear in their means: v_w is the velocity of N(w·m, s²), the tilted density,
@@ -767,6 +776,11 @@ def train_command(argv):
     """Train, distil and measure; a table over the seeds."""
     asked = Captions(**toy_2d.cli(argv, train_command.__doc__, Captions)[0])
     require(asked.samples >= 200, f"{asked.samples} samples are too few for a Fréchet distance: give 200 or more")
+    require(len({*asked.seeds}) == len(asked.seeds), f"--seeds names one twice: {' '.join(map(str, asked.seeds))}")
+    require(math.isfinite(asked.guidance), f"--guidance is a number, not {asked.guidance}")
+    there = [str(p) for seed in asked.seeds if (p := Path(asked.out, f"seed-{seed}")).exists()]
+    free = asked.resume or asked.overwrite or not there  # known before the first seed is trained
+    require(free, f"{', '.join(there)} exists: give --resume to go on with it, or --overwrite")
     asked = replace(asked, preset=asked.preset or ("gpu" if asked.device.startswith("cuda") else "cpu"))
     done = [run_one(asked, seed) for seed in asked.seeds]
     toy_2d.write_text(Path(asked.out, "captions.md"), text := "\n".join(captions_table([m for _, m in done])) + "\n")
@@ -792,6 +806,8 @@ def sample_command(argv):
     asked = Sample(**toy_2d.cli(argv, sample_command.__doc__, Sample)[0])
     number, source = parse(asked.prompt), Path(asked.out)
     net, codec = celeba_latent.load_run(source / "student.pt" if source.is_dir() else source, asked.device)
+    fits = net.arch.get("shape") == [*LATENT] and net.arch.get("tokens") == [LENGTH, len(WORDS)]
+    require(fits, f"{source} holds no network of captions: train one with this program")
     numbers = torch.full((asked.count,), number)
     rows = [paint(codec, net, numbers, steps, asked.seed) for steps in asked.steps]
     framed = [F.pad(row, (1, 1, 1, 1), value=255).permute(0, 2, 3, 1) for row in rows]  # (count,34,34,3)
