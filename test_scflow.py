@@ -2295,6 +2295,9 @@ def test_a_guided_student_learns_from_its_teachers_samples_or_from_the_data(sour
     short += ["--figures", "none", "--out", tmp_path / "run"]
     assert toy("--dataset", "labelled", "--guidance", 4, "--learn-from", source, *short) == 0
     teacher, batch = seen
+    found = json.loads((tmp_path / "run/guidance-4/metrics.json").read_text())["guidance"]
+    assert max(map(abs, found["teacher to exact"])) < 0.3  # for this teacher is the exact one
+    assert min(found["teacher to truth"] + found["exact to truth"] + found["exact to tilted"]) > 0.5
     x0, cond = batch(1500, gen())
     data = toy_2d.dataset("labelled")
     pool, k = data.sample(6000, gen(1))
@@ -3755,6 +3758,20 @@ def test_captions_are_trained_measured_resumed_and_drawn(prompts, tmp_path, monk
     assert Image.open("prompt.png").size == (3 * 136, 2 * 136)
     out = ["--out", "runs/captions/seed-0/teacher.pt", "--device", "cpu"]
     assert program("sample", "--prompt", "a large blue circle", *out) == 0
+    stranger = scflow.DiT(prompts.LATENT, 1, 16, 1, 2)
+    scflow.save("stranger.pt", stranger, codec=scflow.read("runs/captions/seed-0/student.pt")["codec"])
+    small = ["--samples", 200, "--device", "cpu", "--quiet", "--seeds"]
+    wrong = {
+        "no network of captions": ["sample", "--out", "stranger.pt", "--device", "cpu"],
+        "seed-1 exists": [*small, 7, 1],
+        "twice": [*small, 7, 7],
+        "not nan": [*small, 7, "--guidance", "nan"],
+    }
+    capsys.readouterr()
+    for word, argv in wrong.items():
+        assert program(*argv) == 2
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == 1 and not Path("runs/captions/seed-7").exists()
 
 
 # ═══ README.md ══════════════════════════════════════════════════════════════════════════════
