@@ -195,7 +195,7 @@ if LECTURE:
 # `python toy_2d.py --dataset labelled --guidance 1 2 4` trains a teacher and a student for each scale. One thing had to
 # change: guided samples are distributed otherwise than the data, and **a critic that holds the student against the
 # data undoes the guidance**. In the plane the student therefore learns from samples of the guided teacher
-# (`--learn-from data` shows what happens otherwise).
+# (`--learn-from data` shows what happens otherwise, and with `--lambda-adv 0`, which takes the critic away, does not).
 
 # %% [markdown]
 # ## A world of captions
@@ -494,13 +494,15 @@ if LECTURE:
 # that one network knows both velocities. The guided teacher, two passes a step, is distilled into a student that needs
 # one.
 #
-# Here the critic may hold the student against the data: at this scale guidance mends what the teacher gets wrong, and
-# the data are what both should look like. The student ends nearer to them than its guided teacher is.
+# Here the critic holds the student against the data, which both should look like: at this scale guidance mends what the
+# teacher gets wrong. It pulls away from the guide all the same, and so has a small weight. Of "left of", and of which
+# object is red, it knows nothing: its score is a sum over the words, and what it gives to "A left of B" and to "B right
+# of A" is together the same whichever way they stand. That much the student has from its teacher.
 
 # %%
-# The schedule of the faces, with a wider window and a gentle critic: it is slow and has a small weight, for one that soon
-# tells every sample from the data pulls the student away from its guided teacher, and from the prompt. The last phase is
-# short, and compares landing points: what one step gets right has to survive it.
+# The schedule of the faces, with a wider window and a slow critic of small weight: a larger one brings the student nearer
+# to the data, and away from its guided teacher. The last phase is short, and compares landing points: what one step gets
+# right has to survive it.
 FIRST, LAST = celeba_latent.SCHEDULES["two_phase"]
 FIRST = replace(FIRST, delta=0.3, lr_disc=5e-5, lambda_adv=0.004, at_one=0.25)
 LAST = replace(LAST, lr=2e-4, lr_disc=5e-5, lambda_adv=0.001, at_one=0.75, self_form="x0")
@@ -658,9 +660,9 @@ def captions_table(done):
     seeds = ", ".join(str(m["seed"]) for m in done)
     yield f"Preset {first['preset']}, guidance {first['guidance']:g}, {first['samples']} samples, seeds {seeds};"
     yield f"{first['machine']}."
-    yield "Accuracy: share of pictures that show all the sentence says, of seen sentences, of held-out combinations, and"
-    yield "of the same sentences with red for the colour that is held out. Colours: exp of their entropy where pictures"
-    yield 'show "a circle", 4 at best. Layout, texture: Fréchet distances ×10³.'
+    yield "Accuracy: share of pictures that show all the sentence says, of seen sentences, of held-out combinations,"
+    yield "and of the same sentences with red for the colour that is held out. Colours: exp of their entropy where"
+    yield 'pictures show "a circle", 4 at best. Layout, texture: Fréchet distances ×10³.'
     head = ("network", "evaluations", "accuracy", "held out", "in red", 'colours of "a circle"', "layout", "texture")
     yield from ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for i, row in enumerate(first["rows"]):
