@@ -500,9 +500,9 @@ if LECTURE:
 # of A" is together the same whichever way they stand. That much the student has from its teacher.
 
 # %%
-# The schedule of the faces, with a wider window and a slow critic of small weight: a larger one brings the student nearer
-# to the data, and away from its guided teacher. The last phase is short, and compares landing points: what one step gets
-# right has to survive it.
+# The schedule of the faces, with a wider window and a slow critic of small weight: a larger one brings the student
+# nearer to the data, and away from its guided teacher. The last phase is short, and compares landing points: what one
+# step gets right has to survive it.
 FIRST, LAST = celeba_latent.SCHEDULES["two_phase"]
 FIRST = replace(FIRST, delta=0.3, lr_disc=5e-5, lambda_adv=0.004, at_one=0.25)
 LAST = replace(LAST, lr=2e-4, lr_disc=5e-5, lambda_adv=0.001, at_one=0.75, self_form="x0")
