@@ -631,7 +631,7 @@ def measure(asked, codec, teacher, student, seed):
     """Rows of prompt accuracy and Fréchet distances: truth, autoencoder, teacher without and with guidance, student."""
     generator, n = torch.Generator().manual_seed(10**6 + seed), asked.samples
     numbers, unseen = pick(n, generator), pick(max(1, n // 4), generator, unseen=True)
-    circles = torch.full((max(1, n // 4),), circle := parse("a circle"))
+    reds, circles = twins(unseen), torch.full((max(1, n // 4),), circle := parse("a circle"))
 
     def drawn(numbers):
         return (255 * draw(SCENES[numbers], generator)).round().byte()
@@ -646,9 +646,9 @@ def measure(asked, codec, teacher, student, seed):
     plan += [("teacher, guided", guided, 50), *(("student", student, k) for k in (1, 2, 4, 8))]
     for who, net, steps in plan:
         make = partial(paint, codec, net, steps=steps, seed=10**6 + seed) if steps else net
-        seen, other, red, open_colour = map(make, (numbers, unseen, twins(unseen), circles))
+        seen, other, red, open_colour = map(make, (numbers, unseen, reds, circles))
         row = dict(who=who, steps=steps, nfe=steps * (1 + (net is guided)), accuracy=accuracy(numbers, seen / 255))
-        row |= dict(unseen=accuracy(unseen, other / 255), twins=accuracy(twins(unseen), red / 255))
+        row |= dict(unseen=accuracy(unseen, other / 255), twins=accuracy(reds, red / 255))
         row |= dict(colours=variety(circle, open_colour / 255))
         rows.append(row | compare(*celeba_latent.features_of(seen)))
     return rows
