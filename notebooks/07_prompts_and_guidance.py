@@ -619,7 +619,7 @@ def paint(codec, net, numbers, steps, seed=0):
 
 
 def twins(numbers):
-    """The scenes (B,) with red in place of each colour that is held out: as hard, and seen in training."""
+    """The scenes (B,) with red in place of each colour that is held out: seen in training, with as much left open."""
     scenes = SCENES[numbers]
     for colour, shape in ((1, 2), (5, 6)):
         held = (scenes[:, colour] >= 0) & ~TRAINED[scenes[:, shape], scenes[:, colour]]
