@@ -1,57 +1,118 @@
-"""Self-corrected flow distillation in two dimensions: data, a run, its table and its figures.
+"""Self-corrected flow distillation in two dimensions: data, exact truth, one run, its table and figures.
 
     python toy_2d.py                                   eight Gaussians: teacher, student, table, figures
     python toy_2d.py --dataset checkerboard --seed 3
     python toy_2d.py --preset paper --lambda-self 2    the paper's joint losses, one weight changed
     python toy_2d.py plot --out runs/8gaussians --figures all --gif
-    python toy_2d.py ablate --quick                    what each loss repairs, rows side by side in processes
-    python toy_2d.py bench                             what else the same time buys
 
 A run folder holds config.json, teacher.pt, student.pt, metrics.json, log.csv and figures.
 """
 
 import argparse
 import csv
-import importlib.util
-import itertools
+import inspect
 import json
 import math
 import os
 import platform
 import re
-import shlex
-import shutil
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import scflow
-from scflow import GaussianMixture, Phase, TeacherSettings, option, require
+from scflow import Phase, TeacherSettings, require
 
-LIMIT = 3.2  # half the side of every picture: data sets have an RMS radius near 2
+# ═══ 1. Exact truth: the Gaussian mixture ═════════════════════════════════════════════════
 
-# ═══ 1. Data ════════════════════════════════════════════════════════════════════════════════
-# A data set has `sample(n, generator, stratified=False) -> (x0 (n,2), stratum (n,))`. A stratum is a
-# part that is drawn from independently; a stratified sample has of each part exactly its share.
+
+class GaussianMixture(nn.Module):
+    """Σ_k w_k N(μ_k, s²I) in d dimensions, with its exact density and velocity at every t.
+
+    It is called like a network, `mixture(x, t)`, and so can be a teacher.
+
+    labels  (K,), from 1 on, a label for each component. Then cond (B,1) names a label, whose
+            components alone are meant; 0 and None mean all of them.
+    """
+
+    def __init__(self, means, std: float, weights=None, labels=None):
+        super().__init__()
+        means = torch.as_tensor(means, dtype=torch.get_default_dtype())  # (K,d)
+        weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
+        self.register_buffer("means", means)
+        self.register_buffer("weights", (weights / weights.sum()).to(means))  # (K,)
+        self.register_buffer("labels", None if labels is None else torch.as_tensor(labels))  # (K,)
+        self.std = float(std)
+        self.label_count = 0 if labels is None else int(self.labels.max())
+
+    def sample(self, n: int, generator=None, stratified: bool = False) -> tuple[Tensor, Tensor]:
+        """Draw x₀ (n,d) and the component (n,) of each. Stratified: every component its exact share."""
+        if stratified:
+            where = (torch.arange(n, device=self.means.device) + 0.5) / n
+            k = torch.searchsorted(self.weights.cumsum(0), where)
+            k = k.clamp(max=len(self.weights) - 1)
+        else:
+            k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        x0 = self.means[k]
+        return x0 + self.std * scflow.randn_like(x0, generator), k
+
+    def log_joint(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+        """log w_k N(x; (1−t)μ_k, σ_t²I), shape (B,K), with σ_t² = (1−t)²s² + t²; −∞ for other labels."""
+        var = ((1 - t) * self.std) ** 2 + t**2  # (B,)
+        means = (1 - t)[:, None, None] * self.means  # (B,K,d)
+        square = (x[:, None] - means).square().sum(-1)  # (B,K)
+        log_normal = -square / (2 * var[:, None]) - x.shape[1] / 2 * (2 * math.pi * var[:, None]).log()
+        joint = self.weights.log() + log_normal
+        if cond is None:
+            return joint
+        require(self.labels is not None, "this mixture has no labels: call it with cond=None")
+        scflow.check_tokens(cond, (len(x), 1), self.label_count)
+        return joint.where((cond == 0) | (cond == self.labels), -math.inf)
+
+    def log_density(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+        """log p_t(x), shape (B,). With a label: log p_t(x|c) but for a constant, its share of the weights."""
+        return self.log_joint(x, t, cond).logsumexp(1)
+
+    def forward(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+        """The marginal velocity v*(x,t) = E[x₁ − x₀ | x_t = x], shape (B,d).
+
+        With the posterior weights γ_k of the components and their mean μ̄ = Σ γ_k μ_k, the sum
+        Σ γ_k [−μ_k + (t − (1−t)s²)/σ_t² · (x − (1−t)μ_k)] becomes the line returned.
+        """
+        gamma = self.log_joint(x, t, cond).softmax(1)  # (B,K)
+        mean = gamma @ self.means  # (B,d)
+        t = t[:, None]
+        var = ((1 - t) * self.std) ** 2 + t**2
+        return ((t - (1 - t) * self.std**2) * x - t * mean) / var
+
+    def flow_map(self, x: Tensor, t: Tensor, steps: int = 200, cond=None) -> Tensor:
+        """f*(x,t): follow v* from (x,t) down to t = 0 with a fine Heun solver, (B,d)."""
+        return scflow.sample(self, x, steps, "heun", cond, start=t)
+
+
+# ═══ 2. Data sets ═════════════════════════════════════════════════════════════════════════
+# A data set has `sample(n, generator, stratified=False) → (x0 (n,2), part (n,))`. A part is drawn
+# from independently of the others. A stratified sample has of each part exactly its share.
 
 
 class Parts:
-    """Data made of `count` equally likely parts; `draw(part, generator)` fills one row per part (n,) → (n,2)."""
+    """Data of `count` equally likely parts; `draw(part, generator)` makes a point of each part, (n,) → (n,2)."""
 
-    def __init__(self, count, draw):
-        self.count, self.draw = count, draw
+    def __init__(self, count: int, draw):
+        self.count = count
+        self.draw = draw
 
-    def sample(self, n, generator=None, stratified=False):
-        """x₀ (n,2) and its part (n,), drawn where the generator lives."""
+    def sample(self, n: int, generator=None, stratified: bool = False) -> tuple[Tensor, Tensor]:
+        """x₀ (n,2) and its part (n,), on the generator's device."""
         device = generator.device if generator else "cpu"
         if stratified:
             part = torch.arange(n, device=device) * self.count // n
@@ -61,84 +122,115 @@ class Parts:
 
 
 class Points:
-    """Your own points (N,2), centred and scaled to RMS radius 2; a fifth is held out as the reference."""
+    """Your own points (N,2), centred and scaled to RMS radius 2. A fifth is held out as the reference."""
 
     def __init__(self, path):
-        require(os.path.isfile(path), f"no points file at {path}")
-        try:
-            points = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
-            raise ValueError(f"{path} is not a .npy file of numbers; write one with numpy.save") from None
-        kind = f"{points.dtype} of shape {points.shape}" if isinstance(points, np.ndarray) else "an archive"
-        good = kind != "an archive" and points.dtype.kind in "iuf" and points.ndim == 2 and points.shape[1] == 2
-        require(good and len(points) >= 100, f"{path} must hold real numbers of shape (N, 2), N ≥ 100, not {kind}")
-        require(np.isfinite(points).all(), f"{path} holds values that are not finite")
-        points = points.astype(np.float64) / max(np.abs(points).max(), 1e-300)  # float32 only once centred and scaled
+        points = read_points(path).astype(np.float64)
+        points = points / max(np.abs(points).max(), 1e-300)  # so that no square overflows
         points = points - points.mean(0)
         radius = np.sqrt((points**2).sum(1).mean())
         require(radius > 1e-12, f"{path} holds one point only, repeated")
         points = torch.as_tensor(2 * points / radius, dtype=torch.float32)
         points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))]
-        self.held_out, self.train = points.split([len(points) // 5, len(points) - len(points) // 5])
+        fifth = len(points) // 5
+        self.held_out = points[:fifth]
+        self.train = points[fifth:]
 
-    def sample(self, n, generator=None, stratified=False):
-        """Rows drawn with replacement from the training part; stratified: the held-out part, at most n of it."""
+    def sample(self, n: int, generator=None, stratified: bool = False) -> tuple[Tensor, Tensor]:
+        """Training points, drawn with replacement. Stratified: the held-out points, at most n of them."""
         device = generator.device if generator else "cpu"
-        rows = torch.randint(len(self.train), (n,), generator=generator, device=device)
-        x0 = self.held_out[:n].to(device) if stratified else self.train.to(device)[rows]
+        if stratified:
+            x0 = self.held_out[:n].to(device)
+        else:
+            rows = torch.randint(len(self.train), (n,), generator=generator, device=device)
+            x0 = self.train.to(device)[rows]
         return x0, torch.zeros(len(x0), dtype=torch.int64, device=device)
 
 
-def uniform(like, generator):
-    """Uniform [0,1) numbers, one for each element of `like` (n,)."""
-    return torch.rand(like.shape, generator=generator, device=like.device)
+def read_points(path) -> np.ndarray:
+    """The array (N,2) in a .npy file. Raises ValueError if it is none."""
+    require(os.path.isfile(path), f"no points file at {path}")
+    try:
+        points = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        raise ValueError(f"{path} is not a .npy file of numbers; write one with numpy.save") from None
+    require(isinstance(points, np.ndarray), f"{path} is an archive of arrays; write one array with numpy.save")
+    shaped = points.ndim == 2 and points.shape[1] == 2 and len(points) >= 100
+    found = f"{points.dtype} of shape {points.shape}"
+    require(shaped and points.dtype.kind in "iuf", f"{path} must hold real numbers (N,2), N ≥ 100, not {found}")
+    require(np.isfinite(points).all(), f"{path} holds values that are not finite")
+    return points
 
 
-def normal(like, generator):
-    """Standard normal points (n,2), one for each element of `like` (n,)."""
-    return torch.randn(*like.shape, 2, generator=generator, device=like.device)
+def uniform(part: Tensor, generator) -> Tensor:
+    """Uniform [0,1) numbers, one for each element of `part` (n,)."""
+    return torch.rand(part.shape, generator=generator, device=part.device)
 
 
-def polar(radius, angle):
+def normal(part: Tensor, generator) -> Tensor:
+    """Standard normal points (n,2), one for each element of `part` (n,)."""
+    return torch.randn(len(part), 2, generator=generator, device=part.device)
+
+
+def polar(radius: Tensor, angle: Tensor) -> Tensor:
     """(n,) and (n,) → (n,2)."""
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
 
-def checkerboard(part, generator):
+def eight_gaussians() -> GaussianMixture:
+    """Eight Gaussians on a circle of radius 2."""
+    angle = torch.arange(8) * math.pi / 4
+    return GaussianMixture(polar(torch.full((8,), 2.0), angle), 0.15)
+
+
+def grid_of_gaussians() -> GaussianMixture:
+    """25 Gaussians on a grid of spacing 1."""
+    side = torch.arange(-2.0, 3)
+    return GaussianMixture(torch.cartesian_prod(side, side), 0.1)
+
+
+def checkerboard(part: Tensor, generator) -> Tensor:
     """The eight black squares of a 4×4 board on [−2,2]²."""
-    row, col = part // 2, part % 2 * 2 + part // 2 % 2
-    return torch.stack([row + uniform(part, generator), col + uniform(part, generator)], 1) - 2
+    row = part // 2
+    column = 2 * (part % 2) + row % 2
+    corner = torch.stack([row, column], 1)
+    inside = torch.stack([uniform(part, generator), uniform(part, generator)], 1)
+    return corner + inside - 2
 
 
-def moons(part, generator):
+def moons(part: Tensor, generator) -> Tensor:
     """Two interleaved half circles, blurred by 0.14."""
-    angle, side = math.pi * uniform(part, generator), 1 - 2 * part
-    x = polar(side, angle) + part[:, None] * torch.tensor([1.0, 0.5], device=part.device)
-    return 1.7 * (x - torch.tensor([0.5, 0.25], device=part.device) + 0.08 * normal(part, generator))
+    angle = math.pi * uniform(part, generator)
+    x = polar(1 - 2 * part, angle)
+    shift = torch.tensor([1.0, 0.5], device=part.device)
+    x = x + part[:, None] * shift - shift / 2
+    return 1.7 * (x + 0.08 * normal(part, generator))
 
 
-def spirals(part, generator):
+def spirals(part: Tensor, generator) -> Tensor:
     """Two arms of one and a half turns, blurred by 0.06."""
     u = uniform(part, generator).sqrt()
     return polar(2.4 * u * (1 - 2 * part), 3 * math.pi * u) + 0.06 * normal(part, generator)
 
 
-def pinwheel(part, generator):
+def pinwheel(part: Tensor, generator) -> Tensor:
     """Five bent blades."""
     x = normal(part, generator) * torch.tensor([0.3, 0.1], device=part.device)
-    along, across = 1 + x[:, 0], x[:, 1]
+    along = 1 + x[:, 0]
+    across = x[:, 1]
     angle = 2 * math.pi / 5 * part + 0.25 * along.exp()
     return 1.8 * (polar(along, angle) + polar(across, angle + math.pi / 2))
 
 
-def rings(part, generator):
+def rings(part: Tensor, generator) -> Tensor:
     """Three concentric circles of equal mass, blurred by 0.08."""
-    return polar(0.8 * (1.0 + part), 2 * math.pi * uniform(part, generator)) + 0.08 * normal(part, generator)
+    angle = 2 * math.pi * uniform(part, generator)
+    return polar(0.8 * (1.0 + part), angle) + 0.08 * normal(part, generator)
 
 
 DATASETS = {
-    "8gaussians": lambda: GaussianMixture(polar(torch.full((8,), 2.0), torch.arange(8) * math.pi / 4), 0.15),
-    "25gaussians": lambda: GaussianMixture(torch.cartesian_prod(*2 * [torch.arange(-2.0, 3)]), 0.1),
+    "8gaussians": eight_gaussians,
+    "25gaussians": grid_of_gaussians,
     "checkerboard": lambda: Parts(8, checkerboard),
     "moons": lambda: Parts(2, moons),
     "spirals": lambda: Parts(2, spirals),
@@ -147,67 +239,162 @@ DATASETS = {
 }
 
 
-def labelled():
-    """Three labels of three Gaussians each, on arms that start where the labels overlap."""
-    radius, arm = torch.tensor([0.6, 1.5, 2.4]).repeat(3), torch.arange(3).repeat_interleave(3)
-    return GaussianMixture(polar(radius, 2 * math.pi / 3 * arm + 0.35 * radius), 0.35, labels=1 + arm)
-
-
-def dataset(name):
+def dataset(name: str):
     """A data set by its name, or from a .npy file of points."""
     if name.endswith(".npy"):
         return Points(name)
-    known = DATASETS | {"labelled": labelled}
-    require(name in known, f"unknown data set {name!r}: choose {', '.join(known)}, or a .npy file of points")
-    return known[name]()
+    require(name in DATASETS, f"unknown data set {name!r}: choose {', '.join(DATASETS)}, or a .npy file of points")
+    return DATASETS[name]()
 
 
-# ═══ 2. Settings and flags ══════════════════════════════════════════════════════════════════
+def batches(data):
+    """`batch(n, generator) → (x0, None)` of a data set, as the training loops want it."""
+
+    def batch(n, generator):
+        x0, _ = data.sample(n, generator)
+        return x0, None
+
+    return batch
+
+
+# ═══ 3. Measures ══════════════════════════════════════════════════════════════════════════
+
+
+def total_distance(x: Tensor) -> float:
+    """Σ ‖x_i − x_j‖ over the pairs i < j of points (N,d).
+
+    In the plane a length is π/2 times the mean length of its projections on lines. Of numbers in
+    order the sum over pairs is Σ (2k−N+1)·x_k: a sort instead of N² distances. The mean is over 67
+    lines, a prime number, so that no symmetry of the data can be one of theirs. This makes a length
+    within 2·10⁻⁴ of the true one.
+    """
+    if x.shape[1] != 2:
+        parts = x.split(1000)
+        twice = sum(torch.cdist(a, b).double().sum() for a in parts for b in parts)
+        return twice.item() / 2
+    angles = math.pi / 67 * torch.arange(67, device=x.device)
+    lines = torch.stack([angles.cos(), angles.sin()], 1).to(x)  # (67,2)
+    ordered = np.sort((lines @ x.T).cpu().numpy()).astype(np.float64)  # (67,N); torch sorts far slower
+    sums = ordered @ (2.0 * np.arange(len(x)) - len(x) + 1)  # (67,)
+    return math.pi / 2 * sums.mean().item()
+
+
+class EnergyDistance:
+    """2E‖X−Y‖ − E‖X−X′‖ − E‖Y−Y′‖ to a fixed reference Y (M,d): zero for equal distributions.
+
+    It is unbiased, and so may be negative.
+
+    strata  (M,), the stratum of each reference row, if it was drawn stratified. Within a stratum
+            rows are independent, and a row is no partner of itself; across strata all pairs count.
+    """
+
+    def __init__(self, reference: Tensor, strata: Tensor | None = None):
+        if strata is None:
+            strata = torch.zeros(len(reference))
+        self.reference = reference
+        self.total = total_distance(reference)
+        within = 0.0
+        for k in strata.unique():
+            part = reference[strata == k]
+            require(len(part) > 1, "every stratum of the reference needs at least two rows")
+            within += total_distance(part) / (len(part) - 1)
+        self.self_term = 2 / len(reference) ** 2 * (self.total + within)
+
+    def __call__(self, x: Tensor) -> float:
+        """The distance of independent samples (N,d)."""
+        n = len(x)
+        m = len(self.reference)
+        within = total_distance(x)
+        between = total_distance(torch.cat([x, self.reference])) - within - self.total
+        return 2 * between / (n * m) - 2 * within / (n * (n - 1)) - self.self_term
+
+
+def noise_floor(measure, draw, repeats: int = 20) -> tuple[float, float]:
+    """Mean and standard deviation of a measure over `repeats` independent true samples `draw()`."""
+    values = torch.tensor([measure(draw()) for _ in range(repeats)], dtype=torch.float64)
+    return values.mean().item(), values.std().item()
+
+
+def rms_distance(a: Tensor, b: Tensor) -> float:
+    """√E‖a−b‖² over paired rows (N,…).
+
+    Between one-step and N-step samples of the same noise it is the consistency gap; between samples
+    and `GaussianMixture.flow_map` of their noise, the flow-map error.
+    """
+    return (a - b).flatten(1).square().sum(1).mean().sqrt().item()
+
+
+def coverage_and_precision(x: Tensor, mixture: GaussianMixture) -> tuple[float, float]:
+    """How a sample (N,d) sits on the modes of a mixture: two shares, at best 1 and (in 2-D) 0.989.
+
+    Coverage: 1 − TV between the modes' weights and the sample's share of each.
+    Precision: the share of the sample within 3σ of a mode.
+    """
+    nearest, k = torch.cdist(x, mixture.means).min(1)
+    k = k[nearest < 3 * mixture.std]
+    share = torch.bincount(k, minlength=len(mixture.means)) / max(len(k), 1)
+    return torch.minimum(share, mixture.weights).sum().item(), len(k) / len(x)
+
+
+def sliced_w2(x: Tensor, y: Tensor, projections: int = 200, generator=None) -> float:
+    """√ of the mean squared 2-Wasserstein distance between 1-D projections of two samples (N,d)."""
+    require(len(x) == len(y), f"sliced W2 compares samples of equal size, not {len(x)} and {len(y)}")
+    directions = torch.randn(x.shape[1], projections, generator=generator).to(x)
+    directions = F.normalize(directions, dim=0)
+    a = np.sort((directions.T @ x.T).cpu().numpy())  # (projections,N); torch sorts far slower
+    b = np.sort((directions.T @ y.T).cpu().numpy())
+    return float(np.sqrt(np.square(a - b).mean()))
+
+
+@lru_cache
+def reference(name: str, n: int) -> EnergyDistance:
+    """The energy distance to the fixed, stratified reference sample of a data set."""
+    x0, strata = dataset(name).sample(n, torch.Generator().manual_seed(10**6), stratified=True)
+    return EnergyDistance(x0, strata)
+
+
+@lru_cache
+def floor_of(name: str, n: int) -> dict[str, float]:
+    """Mean and sd of the energy distance of 20 true samples of n points to that reference."""
+    data = dataset(name)
+    generator = torch.Generator().manual_seed(10**6 + 1)
+    mean, sd = noise_floor(reference(name, n), lambda: data.sample(n, generator)[0])
+    return {"mean": mean, "sd": sd}
+
+
+# ═══ 4. Settings and flags ════════════════════════════════════════════════════════════════
+# Both scripts and all experiments read their flags with `cli`: a field is a flag, the comment behind it its help.
 
 
 @dataclass(frozen=True)
 class Run:
     """What is run, and where it goes."""
 
-    dataset: str = option("8gaussians", f"{', '.join(DATASETS)}, labelled, or a .npy file of (N,2) points")
-    seed: int = option(0, "seed of the weights, the data and the evaluation noise")
-    preset: str = option("two_phase", "schedule of the losses", choices=tuple(scflow.SCHEDULES))
-    teacher: str = option("learned", "teacher: learned, or the closed-form velocity", choices=("learned", "exact"))
-    guidance: tuple = option((1.0,), "guidance scales of the teacher (--dataset labelled), each with a student")
-    learn_from: str = option(
-        "teacher",
-        "what is data to the student of a guided teacher: that teacher's samples, or the data set",
-        choices=("teacher", "data"),
-    )
-    teacher_from: str = option("", "run folder whose teacher is taken instead of training the same one again")
-    self_correction: str = option(
-        "paper",
-        "x̂_t from x̂₀'s own noise; from fresh noise; or with a gradient into x̂₀",
-        choices=("paper", "fresh", "free"),
-    )
-    width: int = option(128, "hidden units of a layer of the networks (the critic has half as many)")
-    depth: int = option(3, "hidden layers of the networks")
-    samples: int = option(6000, "points that are sampled and compared in the evaluation")
-    nfe: str = option("1,2,4,8", "network evaluations to measure, separated by commas (the teacher also 50)")
-    device: str = option("cpu", "cpu, cuda or mps (the matrices are tiny: a CPU is rarely slower)")
-    save_every: int = option(500, "updates between checkpoints")
-    out: str = option("", "run folder [runs/DATASET, then runs/DATASET-2 and so on]")
-    resume: bool = option(False, "go on with an interrupted run (give the same command)")
-    overwrite: bool = option(False, "start afresh in a folder that exists")
-    figures: str = option("basic", "figures to draw", choices=("none", "basic", "all"))
-    gif: bool = option(False, "also draw a moving picture of the distillation")
-    quiet: bool = option(False, "no progress bars and no table")
+    dataset: str = "8gaussians"  # data set by name, or a .npy file of (N,2) points
+    seed: int = 0  # seed of the weights, the data and the evaluation noise
+    preset: Literal["two_phase", "paper", "consistency"] = "two_phase"  # schedule of the losses
+    teacher: Literal["learned", "exact"] = "learned"  # a learned teacher, or a mixture's closed-form velocity
+    width: int = 128  # hidden units of a layer of the networks (the critic has half as many)
+    depth: int = 3  # hidden layers of the networks
+    samples: int = 6000  # points that are sampled and compared in the evaluation
+    nfe: tuple = (1, 2, 4, 8)  # numbers of network evaluations to measure (the teacher also 50)
+    device: str = "cpu"  # cpu, cuda or mps (the matrices are tiny: a CPU is rarely slower)
+    out: str = ""  # run folder; without it runs/DATASET, then runs/DATASET-2 and so on
+    overwrite: bool = False  # start afresh in a run folder that exists
+    figures: Literal["none", "basic", "all"] = "basic"  # figures to draw
+    gif: bool = False  # also draw a moving picture of the distillation
+    quiet: bool = False  # no progress bars and no table
 
     def __post_init__(self):
-        for name, least in dict(width=1, depth=1, samples=50, save_every=1).items():
-            require(getattr(self, name) >= least, f"{name} must be at least {least}, not {getattr(self, name)}")
-        require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
-        good = all(n.isdecimal() and int(n) > 0 for n in self.nfe.split(","))
-        require(good, f"nfe must be positive whole numbers separated by commas, not {self.nfe!r}")
+        scflow.check_choices(self)
+        for name, least in {"width": 1, "depth": 1, "samples": 50}.items():
+            value = getattr(self, name)
+            require(value >= least, f"{name} must be at least {least}, not {value}")
+        require(all(n > 0 for n in self.nfe), f"nfe are positive whole numbers, not {self.nfe}")
         check_device(self.device)
 
 
-def check_device(name):
+def check_device(name: str) -> None:
     """Raise ValueError if there is no such device here."""
     try:
         torch.Generator(name)
@@ -215,415 +402,411 @@ def check_device(name):
         raise ValueError(f"no device {name!r} here: use --device cpu") from None
 
 
-# What does not change the numbers may differ between a run and its resumption.
-COSMETIC = ("out", "resume", "overwrite", "figures", "gif", "quiet", "save_every", "teacher_from")
+def help_texts(settings) -> dict[str, str]:
+    """{field: the comment behind it} of a settings class, those of its parents included."""
+    texts = {}
+    for cls in reversed(settings.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            found = re.fullmatch(r"    (\w+): .*?  # (.*)", line)
+            if found:
+                texts[found[1]] = found[2]
+    return texts
 
 
-def cli(argv, description, *settings):
-    """Turn the fields of settings classes into flags; returns one {field: given value} per class.
+def flag_name(cls, name: str) -> str:
+    """The flag of a field: its own name, but --student-steps, --student-batch and --student-lr."""
+    if cls is Phase and name in ("steps", "batch", "lr"):
+        name = f"student_{name}"
+    return "--" + name.replace("_", "-")
 
-    A field of Phase takes one value, or one for each phase of the schedule.
+
+def cli(argv: list[str], description: str, *defaults) -> list[dict]:
+    """Turn settings into flags; returns one {field: given value} for each.
+
+    defaults  instances of settings classes, whose values --help shows; for a schedule a tuple of Phases.
+              A field of a schedule takes one value, or one for each phase.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = lambda message: require(False, f"{message} (--help lists the options)")  # main() reports in one line
-    for cls in settings:
+    parser.error = lambda message: require(False, f"{message} (--help lists the options)")  # `main` reports in one line
+    classes = []
+    for default in defaults:
+        phases = default if isinstance(default, tuple) else (default,)
+        cls = type(phases[0])
+        classes.append(cls)
         group = parser.add_argument_group(cls.__name__, cls.__doc__)
+        texts = help_texts(cls)
         for f in fields(cls):
-            flag, choices = "--" + f.metadata.get("flag", f.name.replace("_", "-")), f.metadata.get("choices")
-            about = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
-            how = dict(dest=f"{cls.__name__}.{f.name}", default=argparse.SUPPRESS, help=about)
-            if isinstance(f.default, bool):
-                group.add_argument(flag, action="store_true", **how)
-                continue
-            several = isinstance(f.default, tuple)
-            kind = type(f.default[0] if several else f.default)
-            how |= dict(type=kind, choices=choices, metavar="|".join(choices or [f.name.upper()]))
-            group.add_argument(flag, nargs="+" if several or cls is Phase else None, **how)
+            values = [getattr(phase, f.name) for phase in phases]
+            add_flag(group, cls, f, values, texts[f.name])
     given = vars(parser.parse_args(argv))
-    return [{f.name: given[k] for f in fields(c) if (k := f"{c.__name__}.{f.name}") in given} for c in settings]
+    found = []
+    for cls in classes:
+        prefix = f"{cls.__name__}."
+        found.append({key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)})
+    return found
 
 
-def configure(argv, description=""):
-    """Command-line arguments → (Run, TeacherSettings, schedule). Raises ValueError where they contradict."""
-    run, teacher, phase = cli(argv, description, Run, TeacherSettings, Phase)
-    run = Run(**run)
-    if run.teacher == "exact":  # an oracle has no weights to start a student from: a short regression on it has
+def add_flag(group, cls, f, values: list, text: str) -> None:
+    """Add the flag of one field, whose default is one value, or one for each phase."""
+    first = values[0]
+    several = cls is Phase or isinstance(first, tuple)
+    shown = list(first) if isinstance(first, tuple) else values
+    if len(set(shown)) == 1:
+        shown = shown[:1]
+    shown = " ".join(str(value) for value in shown)
+    if shown and not isinstance(first, bool):
+        text = f"{text} [{shown}]"
+    how = {"dest": f"{cls.__name__}.{f.name}", "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    flag = flag_name(cls, f.name)
+    if isinstance(first, bool):
+        group.add_argument(flag, action="store_true", **how)
+        return
+    choices = get_args(f.type) if get_origin(f.type) is Literal else None
+    kind = type(first[0] if isinstance(first, tuple) else first)
+    metavar = "|".join(choices) if choices else f.name.upper()
+    group.add_argument(flag, type=kind, choices=choices, metavar=metavar, nargs="+" if several else None, **how)
+
+
+def revise(schedule: tuple[Phase, ...], changes: dict[str, list]) -> tuple[Phase, ...]:
+    """A schedule with fields changed, {name: [one value, or one for each phase]}.
+
+    One number of steps is the whole length, shared out as before. Raises ValueError for a contradiction.
+    """
+    changes = dict(changes)
+    if len(changes.get("steps", [])) == 1:
+        lasting = [replace(phase, warmup=0) for phase in schedule]  # a warm-up may change as well
+        rescaled = scflow.rescale(tuple(lasting), changes["steps"][0])
+        changes["steps"] = [phase.steps for phase in rescaled]
+    revised = []
+    for i, phase in enumerate(schedule):
+        change = {}
+        for name, values in changes.items():
+            fits = len(values) in (1, len(schedule))
+            require(fits, f"{name} takes one value, or one for each of {len(schedule)} phases, not {len(values)}")
+            change[name] = values[i % len(values)]
+        revised.append(replace(phase, **change))
+    scflow.check_schedule(revised)
+    return tuple(revised)
+
+
+def configure(argv: list[str], description: str = "") -> tuple[Run, TeacherSettings, tuple[Phase, ...]]:
+    """Command-line arguments as settings. Raises ValueError where they contradict each other."""
+    shown = scflow.SCHEDULES[Run.preset]
+    given, teacher, changes = cli(argv, description, Run(), TeacherSettings(), shown)
+    run = Run(**given)
+    if run.teacher == "exact":  # it has no weights to start a student from: a short fit to it has
         teacher = {"teacher_steps": 1000, **teacher}
-    return run, TeacherSettings(**teacher), revise(scflow.SCHEDULES[run.preset], phase)
+    schedule = revise(scflow.SCHEDULES[run.preset], changes)
+    return run, TeacherSettings(**teacher), schedule
 
 
-def revise(schedule, changes):
-    """A schedule with fields changed, {name: [one value, or one for each phase]}. Raises ValueError if they clash."""
-    n, changes = len(schedule), dict(changes)
-    if len(changes.get("steps", [])) == 1:  # one number is the whole length, shared out as in the preset
-        lasting = [replace(p, warmup_adv=0, warmup_self=0, warmup_bi=0) for p in schedule]  # these may change too
-        changes["steps"] = [p.steps for p in scflow.rescale(lasting, *changes["steps"])]
-    for name, values in changes.items():
-        require(len(values) in (1, n), f"{name} takes one value, or one for each of {n} phases, not {len(values)}")
-    each = [{name: values[i % len(values)] for name, values in changes.items()} for i in range(n)]
-    schedule = tuple(replace(phase, **change) for phase, change in zip(schedule, each))
-    scflow.check_schedule(schedule)
-    return schedule
+# ═══ 5. Files ═════════════════════════════════════════════════════════════════════════════
 
 
-# ═══ 3. The run folder ══════════════════════════════════════════════════════════════════════
-
-
-def write_text(path, text):
+def write_text(path, text: str) -> None:
     """Replace a text file atomically."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def write_csv(path, rows):
+def write_csv(path, rows: list[dict]) -> None:
     """A CSV file of dictionaries, with a column for every key in the order of appearance."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+    names = {}  # a dictionary keeps the order
+    for row in rows:
+        names.update(row)
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(names))
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(temporary, path)
 
 
-def read_json(path, *keys):
+def read_json(path, *keys: str) -> dict:
     """The dictionary in a JSON file. Raises ValueError if it is damaged or lacks one of the keys."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    require(isinstance(content, dict) and all(k in content for k in keys), f"{path} is damaged")
+    require(isinstance(content, dict) and all(key in content for key in keys), f"{path} is damaged")
     return content
 
 
-def usual_folder(name, again=False):
-    """runs/NAME, then runs/NAME-2 and so on: the first that is free, or `again` the last there is."""
-    names = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
-    taken = list(itertools.takewhile(Path.exists, names))
-    return taken[-1] if taken and again else Path("runs", f"{name}-{len(taken) + 1}" if taken else name)
+def free_folder(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on: the first that does not exist."""
+    folder = Path("runs", name)
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{name}-{number}")
+    return folder
 
 
-def open_folder(out, name, resume, overwrite, config):
-    """The run folder as a Path: a new one, or with `resume` the existing one, whose settings must be the same.
-
-    Without `out` it is runs/NAME, then runs/NAME-2 and so on; `resume` and `overwrite` take the last there is.
-    """
-    out = Path(out or usual_folder(name, resume or overwrite))
-    file = out / "config.json"
-    if resume:
-        require(file.is_file(), f"nothing to resume: {out} holds no config.json")
-        before = read_json(file)
-        changed = [k for k in {**before, **config} if before.get(k) != config.get(k)]
-        require(not changed, f"--resume with other settings than {out} was started with: {', '.join(changed)}")
-        return out
-    require(overwrite or not out.exists(), f"{out} exists: give --resume to go on with it, or --overwrite")
-    ours = not out.exists() or file.is_file() or (out.is_dir() and not any(out.iterdir()))
-    require(ours, f"{out} is not a run folder (it holds no config.json), and is left alone")
+def open_folder(out: str, name: str, overwrite: bool, config: dict) -> Path:
+    """A new run folder with its config.json. One that exists is refused unless `overwrite`, which empties it."""
+    folder = Path(out) if out else free_folder(name)
+    file = folder / "config.json"
+    require(overwrite or not folder.exists(), f"{folder} exists: give --overwrite to start afresh in it")
+    ours = not folder.exists() or file.is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    require(ours, f"{folder} is not a run folder (it holds no config.json), and is left alone")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in itertools.chain(*map(out.glob, ("*.pt", "metrics.json", "log.csv", "[1-6]_*.png", "*.gif"))):
-            old.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("*.pt", "metrics.json", "log.csv", "[1-6]_*.png", "*.gif"):
+            for old in folder.glob(pattern):
+                old.unlink()
         write_text(file, json.dumps(config, indent=1))
     except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}") from None
-    return out
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    return folder
+
+
+def machine() -> str:
+    """What the numbers were computed on."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()} CPU, {plural(torch.get_num_threads(), 'thread')}{gpu}, torch {torch.__version__}"
+
+
+def plural(n: int, word: str) -> str:
+    """1 step, 2 steps."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
+# ═══ 6. A run: teacher, student, measures ═════════════════════════════════════════════════
+
+
+def progress(loop, total: int, name: str, quiet: bool = False):
+    """Pass on the states of a training loop, with a progress bar that shows the losses."""
+    with tqdm(total=total, desc=name, disable=quiet, mininterval=0.2) as bar:
+        for state in loop:
+            yield state
+            bar.update()
+            if state.step % 20 == 0:
+                losses = {key: f"{value:.3f}" for key, value in state.losses.items()}
+                bar.set_postfix(losses, refresh=False)
 
 
 class Journal:
-    """What the figures need of a run's past: losses every 10 updates, samples and critic at 40 moments."""
+    """What the figures need of a run's past: losses, gradient norms, samples and the critic's landscape."""
 
-    def __init__(self, stored=None):
-        self.rows, self.frames = (stored["rows"], stored["frames"]) if stored else ([], [])
-        self.noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
-        self.grid = torch.cartesian_prod(*2 * [torch.linspace(-LIMIT, LIMIT, 48)])  # (48²,2)
+    def __init__(self, data):
+        generator = torch.Generator().manual_seed(1)
+        side = torch.linspace(-LIMIT, LIMIT, 48)
+        self.rows = []  # losses of every tenth update
+        self.frames = []  # samples and critic at some forty moments
+        self.noise = torch.randn(600, 2, generator=generator)
+        self.grid = torch.cartesian_prod(side, side)  # (48²,2)
+        self.x0 = data.sample(512, generator)[0]
+        self.x1 = torch.randn(512, 2, generator=generator)
+        self.t = torch.rand(512, generator=generator)
 
-    def note(self, stage, state, total):
-        """Record a State of the teacher or the student."""
-        if state.step % 10 == 1:
-            norms = {f"norm_{k}": v for k, v in state.grad_norms.items()}
-            self.rows.append({"stage": stage, "step": state.step, **state.losses, **norms})
-        if stage == "student" and (state.step == 1 or state.step % max(total // 40, 1) == 0):
-            device = next(state.ema.parameters()).device
-            x = torch.stack([scflow.sample(state.ema, self.noise.to(device), n) for n in (1, 2, 4)])  # (3,n,2)
+    def note(self, stage: str, run, total: int) -> None:
+        """Record a TeacherRun or a StudentRun."""
+        if run.step % 10 == 1:
+            row = {"stage": stage, "step": run.step, **run.losses}
+            if stage == "student" and run.step % 50 == 1:
+                row.update(self.gradient_norms(run))
+            self.rows.append(row)
+        if stage == "student" and (run.step == 1 or run.step % max(total // 40, 1) == 0):
+            device = next(run.ema.parameters()).device
+            noise = self.noise.to(device)
+            samples = [scflow.sample(run.ema, noise, steps) for steps in (1, 2, 4)]
             with torch.no_grad():  # a picture of the critic
-                critic = state.disc(self.grid.to(device))
-            self.frames.append({"step": state.step, "samples": x.cpu().half(), "critic": critic.cpu().half()})
+                critic = run.critic(self.grid.to(device))
+            samples = torch.stack(samples).cpu().half()  # (3,600,2)
+            self.frames.append({"step": run.step, "samples": samples, "critic": critic.cpu().half()})
+
+    def gradient_norms(self, run) -> dict[str, float]:
+        """The length of the gradient of each weighted loss, for always the same draw."""
+        device = next(run.student.parameters()).device
+        x0, x1, t = self.x0.to(device), self.x1.to(device), self.t.to(device)
+        weights = run.phase.weights(run.phase.warmup)
+        norms = {}
+        for name, weight in weights.items():
+            if weight > 0:
+                alone = dict.fromkeys(weights, 0.0)
+                alone[name] = weight
+                losses, _ = scflow.distill_losses(run, x0, x1, t, run.phase, alone)
+                grads = torch.autograd.grad(weight * losses[name], run.student.parameters())
+                norms[f"norm_{name}"] = torch.cat([g.flatten() for g in grads]).norm().item()
+        return norms
 
 
-class Stopped(Exception):
-    """Ctrl-C was pressed; the run was saved."""
-
-
-def follow(loop, total, name, save, every, quiet=False, done=0):
-    """Pass on the States of a training loop, with a progress bar; `save(state)` now and then, at the end, at Ctrl-C.
-
-    Ctrl-C takes effect between two updates, so that what is saved is always whole.
-    """
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        with tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=0.2) as bar:
-            for state in loop:
-                yield state
-                bar.update()
-                if state.step % 20 == 0:
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in state.losses.items()}, refresh=False)
-                if pressed or state.step % every == 0 or state.step == total:
-                    save(state)
-                if pressed:
-                    raise Stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def read_run(path, kind):
-    """The checkpoint of a run, of the teacher or the student. Raises ValueError if it is none."""
-    content = scflow.read(path)
-    require(content.get("kind") == kind, f"{path} does not hold a run of the {kind}")
-    return content
-
-
-def stage(name, run, folder, journal, net, start, total, **extra):
-    """Train the teacher or the student from the start or from its checkpoint; returns the averaged network.
-
-    `start(resume)` makes the training loop; `extra` goes into the checkpoint.
-    """
-    path = folder / f"{name}.pt"
-    content = read_run(path, name) if path.exists() else None  # of a run that is resumed, or borrowed
-    if content:
-        require(content["arch"] == net.arch, f"{path} holds a network of another architecture: {content['arch']}")
-        net = scflow.load(path, device=run.device)
-        journal.rows[:], journal.frames[:] = content["journal"]["rows"], content["journal"]["frames"]
-
-    def save(state):
-        kept = {"rows": journal.rows, "frames": journal.frames}
-        scflow.save(path, state.ema, kind=name, state=state.state_dict(), journal=kept, **extra)
-        write_csv(folder / "log.csv", journal.rows)  # losses unweighted, norms weighted
-
-    done = content["state"]["step"] if content else 0
-    for state in follow(start(content and content["state"]), total, name, save, run.save_every, run.quiet, done):
-        journal.note(name, state, total)
-        net = state.ema
-    return net
-
-
-# ═══ 4. A run: teacher, student, measures ═══════════════════════════════════════════════════
-
-
-def outcome_depends_on(run, settings, schedule, labelled):
-    """What config.json holds. Without labels it is what it was before there were any."""
-    config = dict(teacher_settings=asdict(settings), schedule=[asdict(p) for p in schedule])
-    config |= {k: v for k, v in asdict(run).items() if k not in COSMETIC} | dict(guidance=run.guidance[0])
-    if not labelled:
-        del config["guidance"], config["learn_from"], config["teacher_settings"]["teacher_drop"]
-    return config
-
-
-def measure(run, known, teacher, student):
-    """What metrics.json holds of the two, moved to the CPU; `known` are rows of the teacher that are there already."""
-    data, teacher, student = dataset(run.dataset), teacher.cpu(), student.cpu()
-    metrics = dict(dataset=run.dataset, seed=run.seed, preset=run.preset, teacher=run.teacher, samples=run.samples)
-    if getattr(data, "labels", None) is not None:
-        velocity = scflow.guided(teacher, run.guidance[0])
-        measures = notebook("07_prompts_and_guidance").evaluate(run, data, velocity, student)
-        return metrics | measures | dict(machine=machine())
-    rows = known + evaluate(run, data, None if known else teacher, student)
-    metrics |= dict(floor=noise_floor(run.dataset, run.samples), rows=rows, machine=machine())
-    return metrics | ({"path_error": path_error(student, data, run.seed)} if isinstance(data, GaussianMixture) else {})
-
-
-def train(run, settings, schedule):
-    """One run from start to metrics.json; returns its folder and the metrics. A finished run is read back."""
-    data, exact = dataset(run.dataset), run.teacher == "exact"
-    mixture = isinstance(data, GaussianMixture)
-    require(mixture or not exact, f"--teacher exact needs a mixture, whose velocity is known; {run.dataset} is none")
-    data = data.to(run.device) if mixture else data  # a mixture draws where its means are
-    labels, (scale, *others) = getattr(data, "labels", None), run.guidance
-    require(not others, "one guidance scale a run")
-    require(labels is not None or scale == 1, f"{run.dataset} has no labels to guide by: give --dataset labelled")
-    config = outcome_depends_on(run, settings, schedule, labels is not None)
-    known = finished_teacher(Path(run.teacher_from), config) if run.teacher_from else []
-    folder = open_folder(run.out, Path(run.dataset).stem, run.resume, run.overwrite, config)
-    if run.resume and (folder / "metrics.json").exists():
-        return folder, read_json(folder / "metrics.json", "rows", "floor", "seconds")
-    if not run.quiet:
-        print(f"writing to {folder}")
-    if run.teacher_from and not (folder / "teacher.pt").exists():
-        shutil.copy(Path(run.teacher_from, "teacher.pt"), folder / "teacher.pt")
+def fit_teacher(run: Run, data, settings: TeacherSettings, watch=None) -> scflow.MLP:
+    """Train the teacher of a run. `watch("teacher", state, total)` is called after each update."""
     torch.manual_seed(run.seed)  # initial weights
-    generator, journal = torch.Generator(run.device).manual_seed(run.seed), Journal()  # everything else
-    tokens = None if labels is None else (1, int(labels.max()))
-    net = scflow.MLP(2, run.width, run.depth, tokens=tokens).to(run.device)
-    disc = scflow.PointDiscriminator(2, max(1, run.width // 2), run.depth, tokens).to(run.device)
-    clock, threads = [time.perf_counter()], torch.get_num_threads()
-    # A second thread saves a tenth on matrices this small, stalls where other programs run, and rounds otherwise.
-    torch.set_num_threads(1)
-
-    def batch(n, generator):
-        x0, part = data.sample(n, generator)
-        return x0, None if labels is None else labels[part, None]
-
-    try:
-        start = partial(scflow.train_teacher, net, batch, generator, settings, data if exact else None)
-        net = stage("teacher", run, folder, journal, net, start, settings.teacher_steps)
-        clock.append(time.perf_counter())
-        teacher = data if exact else net
-        kept = {"arch": teacher.arch, "weights": teacher.state_dict()}
-        if labels is not None:
-            teacher = scflow.guided(teacher, scale)
-            batch = own_samples(teacher, batch, run) if run.learn_from == "teacher" else batch
-        start = partial(scflow.distill, teacher, disc, batch, generator, schedule, net, norms_every=50)
-        if run.self_correction != "paper":
-            start.keywords["loss_function"] = partial(self_correction_variant, run.self_correction)
-        total = sum(p.steps for p in schedule)
-        student = stage("student", run, folder, journal, net, lambda r: start(resume=r), total, teacher=kept)
-        clock.append(time.perf_counter())
-        torch.set_num_threads(threads)  # distances between all pairs are worth it
-        metrics = measure(run, known, data if exact else net, student)
-        clock.append(time.perf_counter())
-    except (Stopped, KeyboardInterrupt):
-        again = "" if run.out else f" --out {folder}"
-        raise Stopped(f"stopped and saved in {folder}; the same command with --resume{again} goes on") from None
-    except FloatingPointError as error:
-        kept = " and ".join(sorted(file.name for file in folder.glob("*.pt"))) or "no checkpoint yet"
-        raise FloatingPointError(f"{error}; {folder} keeps {kept}, from before it") from None
-    metrics["seconds"] = dict(zip(("teacher", "student", "evaluation"), np.diff(clock).tolist()))
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
-    return folder, metrics
+    generator = torch.Generator(run.device).manual_seed(run.seed)
+    net = scflow.MLP(2, run.width, run.depth).to(run.device)
+    oracle = data if run.teacher == "exact" else None
+    loop = scflow.train_teacher(net, batches(data), generator, settings, oracle)
+    for state in progress(loop, settings.teacher_steps, "teacher", run.quiet):
+        if watch:
+            watch("teacher", state, settings.teacher_steps)
+    return state.ema
 
 
-def own_samples(velocity, batch, run, n=20000):
-    """`batch(n, generator)` over samples of a guided teacher in 50 steps, with their conditions.
-
-    They are distributed otherwise than the data: a critic that held the student against these would undo the guidance.
-    """
-    generator = torch.Generator(run.device).manual_seed(4 * 10**6 + run.seed)
-    x0, cond = batch(n, generator)
-    x0 = scflow.sample(velocity, scflow.randn_like(x0, generator), 50, cond=cond)
-
-    def draw(n, generator):
-        rows = torch.randint(len(x0), (n,), generator=generator, device=x0.device)
-        return x0[rows], cond[rows]
-
-    return draw
-
-
-def finished_teacher(folder, config):
-    """Check that a run folder holds the teacher of such a run; returns its rows of metrics if they are the same.
-
-    The numbers are those of training it again: its checkpoint holds the state of the random generator too.
-    """
-    theirs, done = read_json(folder / "config.json", *config), read_run(folder / "teacher.pt", "teacher")
-    alike = ("dataset", "seed", "teacher", "teacher_settings", "width", "depth", "device")
-    changed = [k for k in alike if theirs[k] != config[k]]
-    require(not changed, f"the teacher in {folder} is of another run: it differs in {', '.join(changed)}")
-    steps = done["state"]["step"], config["teacher_settings"]["teacher_steps"]
-    require(steps[0] == steps[1], f"the teacher in {folder} is not finished: it had {steps[0]} of {steps[1]} updates")
-    same = (folder / "metrics.json").exists() and all(theirs[k] == config[k] for k in ("samples", "nfe"))
-    return [r for r in read_json(folder / "metrics.json", "rows")["rows"] if r["who"] == "teacher"] if same else []
+def fit_student(
+    run: Run, data, start, schedule: tuple[Phase, ...], watch=None, loss_function=scflow.distill_losses
+) -> scflow.StudentRun:
+    """Distil into a student that starts from `start`, the learned teacher; returns the last state."""
+    torch.manual_seed(run.seed + 1)  # initial weights of the critic
+    generator = torch.Generator(run.device).manual_seed(run.seed + 1)
+    critic = scflow.PointCritic(2, max(1, run.width // 2), run.depth).to(run.device)
+    teacher = data if run.teacher == "exact" else start
+    total = sum(phase.steps for phase in schedule)
+    loop = scflow.distill(
+        teacher, critic, batches(data), generator, schedule, student=start, loss_function=loss_function
+    )
+    for state in progress(loop, total, "student", run.quiet):
+        if watch:
+            watch("student", state, total)
+    return state
 
 
-def self_correction_variant(kind, nets, x0, x1, t, phase, weights, generator=None, cond=None):
-    """`distill_losses` with another self-correction: "fresh" noise in x̂_t, or "free" of the stop-gradient."""
-    losses, fake = scflow.distill_losses(nets, x0, x1, t, phase, weights | {"self": 0}, generator, cond)
-    if weights["self"] > 0:
-        with torch.set_grad_enabled(kind == "free"):  # the paper's x̂₀ is a constant
-            x0_hat = scflow.predict_x0(nets.student, x1, torch.ones_like(t), cond)
-        noise = scflow.randn_like(x1, generator) if kind == "fresh" else x1
-        prediction = scflow.predict_x0(nets.student, scflow.interpolate(x0_hat, noise, t), t, cond)
-        losses["self"] = scflow.squared(prediction, x0_hat)
-    return losses, fake
+LABELS = {
+    ("teacher", "euler"): "teacher, Euler",
+    ("student", "euler"): "student, Euler",
+    ("student", "renoise"): "student, re-noising (β = 1)",
+}
 
 
-LABELS = {("teacher", "euler"): "teacher, Euler", ("student", "euler"): "student, Euler"}
-LABELS["student", "renoise"] = "student, re-noising (β = 1)"
-
-
-@lru_cache
-def reference(name, n):
-    """The fixed, stratified reference sample of a data set, as a measure of energy distance."""
-    return scflow.EnergyDistance(*dataset(name).sample(n, torch.Generator().manual_seed(10**6), stratified=True))
-
-
-@lru_cache
-def noise_floor(name, n):
-    """Mean and sd of the energy distance of 20 true samples of n points to the reference."""
-    data, generator = dataset(name), torch.Generator().manual_seed(10**6 + 1)
-    floor = scflow.noise_floor(reference(name, n), lambda: data.sample(n, generator)[0])
-    return dict(zip(("mean", "sd"), floor))
-
-
-def evaluate(run, data, teacher, student):
-    """The rows of metrics.json: each network and solver at each number of steps, from the same noise.
-
-    A teacher of None is left out.
-    """
-    energy, generator = reference(run.dataset, run.samples), torch.Generator().manual_seed(2 * 10**6 + run.seed)
+def evaluate(run: Run, data, who: str, net) -> list[dict]:
+    """The rows of metrics.json for "teacher" or "student": every solver at every number of steps, from one noise."""
+    generator = torch.Generator().manual_seed(2 * 10**6 + run.seed)
     noise = torch.randn(run.samples, 2, generator=generator)
     fresh, _ = data.sample(run.samples, generator)
-    mixture, few = isinstance(data, GaussianMixture), min(run.samples, 2000)  # the exact map costs 200 evaluations
-    truth = data.flow_map(noise[:few], torch.ones(few), 100) if mixture else None  # to 10⁻³
-    counts, rows = sorted({int(n) for n in run.nfe.split(",")}), []
-    for who, solver in LABELS:
-        net = teacher if who == "teacher" else student
-        if net is None:
-            continue
-        one_step = scflow.sample(net, noise)
-        for steps in counts if who == "student" else sorted({*counts, 50}):
+    energy = reference(run.dataset, run.samples)
+    mixture = data if isinstance(data, GaussianMixture) else None
+    few = min(run.samples, 2000)  # the exact map costs 200 evaluations
+    if mixture:
+        truth = mixture.flow_map(noise[:few], torch.ones(few), 100)  # to 10⁻³
+    counts = sorted({*run.nfe, 50}) if who == "teacher" else sorted(set(run.nfe))
+    one_step = scflow.sample(net, noise)
+    rows = []
+    for _, solver in [label for label in LABELS if label[0] == who]:
+        for steps in counts:
             x = scflow.sample(net, noise, steps, solver, generator=generator)
-            row = dict(who=who, solver=solver, steps=steps, nfe=scflow.nfe(steps, solver), energy=energy(x))
-            row["sliced_w2"] = scflow.sliced_w2(x, fresh, generator=torch.Generator().manual_seed(0))
-            if solver != "renoise":  # fresh noise leaves no pairs to compare
-                row["gap"] = scflow.rms_distance(x, one_step)
-                row |= {"map_error": scflow.rms_distance(x[:few], truth)} if mixture else {}
+            row = {"who": who, "solver": solver, "steps": steps, "nfe": scflow.nfe(steps, solver)}
+            row["energy"] = energy(x)
+            row["sliced_w2"] = sliced_w2(x, fresh, generator=torch.Generator().manual_seed(0))
+            if solver == "euler":  # fresh noise leaves no pairs to compare
+                row["gap"] = rms_distance(x, one_step)
+            if solver == "euler" and mixture:
+                row["map_error"] = rms_distance(x[:few], truth)
             if mixture:
-                row["coverage"], row["precision"] = scflow.coverage_and_precision(x, data)
+                row["coverage"], row["precision"] = coverage_and_precision(x, mixture)
             rows.append(row)
     return rows
 
 
 @torch.no_grad()  # a measurement
-def path_error(net, mixture, seed, n=2000):
+def path_error(net, mixture: GaussianMixture, seed: int, n: int = 2000) -> float:
     """RMS of f(x_t,t) − f*(x_t,t) over t ~ U(0,1): what is left of the teacher's map where re-noising needs it."""
     generator = torch.Generator().manual_seed(3 * 10**6 + seed)
-    x0, t = mixture.sample(n, generator)[0], torch.rand(n, generator=generator)
-    xt = scflow.interpolate(x0, torch.randn(n, 2, generator=generator), t)
-    return scflow.rms_distance(scflow.predict_x0(net, xt, t), mixture.flow_map(xt, t, 100))
+    x0, _ = mixture.sample(n, generator)
+    t = torch.rand(n, generator=generator)
+    x1 = torch.randn(n, 2, generator=generator)
+    xt = scflow.interpolate(x0, x1, t)
+    return rms_distance(scflow.predict_x0(net, xt, t), mixture.flow_map(xt, t, 100))
 
 
-def plural(n, word):
-    """1 step, 2 steps."""
-    return f"{n} {word}{'s' * (n != 1)}"
+def prepare(run: Run):
+    """The data set of a run. Raises ValueError if it cannot be run."""
+    data = dataset(run.dataset)
+    mixture = isinstance(data, GaussianMixture)
+    require(mixture or run.teacher == "learned", f"--teacher exact needs a mixture, and {run.dataset} is none")
+    return data.to(run.device) if mixture else data
 
 
-def machine():
-    """What the figures were computed on."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()} CPU, {plural(torch.get_num_threads(), 'thread')}{gpu}, torch {torch.__version__}"
+def train(run: Run, settings: TeacherSettings, schedule: tuple[Phase, ...]) -> tuple[Path, dict]:
+    """One run from start to metrics.json; returns its folder and the metrics."""
+    data = prepare(run)
+    config = {"teacher_settings": asdict(settings), "schedule": [asdict(phase) for phase in schedule]}
+    for name in ("dataset", "seed", "preset", "teacher", "width", "depth", "samples", "nfe", "device"):
+        config[name] = getattr(run, name)
+    folder = open_folder(run.out, Path(run.dataset).stem, run.overwrite, config)
+    if not run.quiet:
+        print(f"writing to {folder}")
+    torch.set_num_threads(1)  # a second thread saves little on matrices this small, and rounds otherwise
+    journal = Journal(dataset(run.dataset))
+    clock = [time.perf_counter()]
+
+    teacher = fit_teacher(run, data, settings, journal.note)
+    scflow.save(folder / "teacher.pt", teacher)
+    clock.append(time.perf_counter())
+
+    state = fit_student(run, data, teacher, schedule, journal.note)
+    past = {"rows": journal.rows, "frames": journal.frames}
+    scflow.save(folder / "student.pt", state.ema, target=state.target.state_dict(), **past)
+    write_csv(folder / "log.csv", journal.rows)  # losses unweighted, norms weighted
+    clock.append(time.perf_counter())
+
+    metrics = measure(run, data if run.teacher == "exact" else teacher, state.ema)
+    clock.append(time.perf_counter())
+    seconds = np.diff(clock).tolist()
+    metrics["seconds"] = {"teacher": seconds[0], "student": seconds[1], "evaluation": seconds[2]}
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    return folder, metrics
 
 
-def table(metrics):
+def measure(run: Run, teacher, student) -> dict:
+    """What metrics.json holds of teacher and student, which are moved to the CPU."""
+    data = dataset(run.dataset)
+    metrics = {name: getattr(run, name) for name in ("dataset", "seed", "preset", "teacher", "samples")}
+    metrics["floor"] = floor_of(run.dataset, run.samples)
+    metrics["rows"] = evaluate(run, data, "teacher", teacher.cpu()) + evaluate(run, data, "student", student.cpu())
+    if isinstance(data, GaussianMixture):
+        metrics["path_error"] = path_error(student, data, run.seed)
+    metrics["machine"] = machine()
+    return metrics
+
+
+def table(metrics: dict) -> str:
     """The measures of a run as text: rows are networks, columns numbers of network evaluations."""
-    floor, columns = metrics["floor"], sorted({r["nfe"] for r in metrics["rows"]})
+    floor = metrics["floor"]
+    columns = sorted({row["nfe"] for row in metrics["rows"]})
     lines = [f"{'network evaluations':32}" + "".join(f"{n:>10}" for n in columns)]
     for title, key, scale in (
         (f"energy distance ×10³ (noise floor {1e3 * floor['mean']:.2f} ± {1e3 * floor['sd']:.2f})", "energy", 1e3),
+        ("share of samples within 3σ of a mode, % (of the truth: 98.9)", "precision", 100),
         ("consistency gap: RMS to the one-step sample", "gap", 1),
         ("flow-map error: RMS to the exact map", "map_error", 1),
     ):
-        cells = {(r["who"], r["solver"], r["nfe"]): f"{scale * r[key]:.3f}" for r in metrics["rows"] if key in r}
-        lines += [title] if cells else []
-        for pair in dict.fromkeys(k[:2] for k in cells):
-            lines.append(f"  {LABELS[pair]:30}" + "".join(f"{cells.get((*pair, n), ''):>10}" for n in columns))
+        if not any(key in row for row in metrics["rows"]):
+            continue
+        lines.append(title)
+        for (who, solver), label in LABELS.items():
+            values = {}
+            for row in metrics["rows"]:
+                if (row["who"], row["solver"]) == (who, solver) and key in row:
+                    values[row["nfe"]] = f"{scale * row[key]:.3f}"
+            if values:
+                lines.append(f"  {label:30}" + "".join(f"{values.get(n, ''):>10}" for n in columns))
     return "\n".join(lines)
 
 
-# ═══ 5. Figures ═════════════════════════════════════════════════════════════════════════════
+# ═══ 7. Figures ═══════════════════════════════════════════════════════════════════════════
 # matplotlib is imported where it is used: a run without figures does without it.
 
+LIMIT = 3.2  # half the side of every picture: data sets have an RMS radius near 2
 TEACHER, STUDENT, RENOISE, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"  # Okabe–Ito: safe for the colour-blind
 WHEEL = ("#0072B2", "#56B4E9", "#009E73", "#A6B400", "#E69F00", "#D55E00", "#CC79A7", "#0072B2")
-LOSS_COLOURS = dict(flow=TEACHER, consistency=STUDENT, bi="#56B4E9", self=RENOISE, adv="#CC79A7", disc="#E69F00")
-STYLE = {"font.size": 11, "axes.titlesize": 12, "legend.frameon": False, "figure.constrained_layout.use": True}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+LOSS_COLOURS = {
+    "flow": TEACHER,
+    "consistency": STUDENT,
+    "bi": "#56B4E9",
+    "self": RENOISE,
+    "adv": "#CC79A7",
+    "critic": "#E69F00",
+}
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def drawing():
@@ -637,58 +820,63 @@ def drawing():
     return plt
 
 
-def by_angle(noise):
-    """A colour per noise point (n,2): its direction on a colour wheel."""
+def by_angle(noise: Tensor) -> np.ndarray:
+    """A colour for each noise point (n,2): its direction on a colour wheel, (n,4)."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    angle = torch.atan2(noise[:, 1], noise[:, 0]) / (2 * math.pi) % 1
-    return LinearSegmentedColormap.from_list("wheel", WHEEL)(angle.numpy())
+    turns = torch.atan2(noise[:, 1], noise[:, 0]) / (2 * math.pi) % 1
+    return LinearSegmentedColormap.from_list("wheel", WHEEL)(turns.numpy())
 
 
-def write_figure(path, figure, dpi=100):
+def write_figure(path, figure, dpi: int = 100) -> None:
     """Save a figure as a PNG of 256 colours, a third of the size."""
     from PIL import Image
 
     figure.savefig(path, dpi=dpi)
-    Image.open(path).convert("RGB").quantize(256).save(path)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(256)
+    small.save(path)
 
 
-def window(ax, title=""):
+def window(ax, title: str = "") -> None:
     """The common square window around data and noise, framed, without ticks."""
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[], aspect="equal", title=title)
     ax.spines[:].set(visible=True, color="#cccccc")
 
 
-def cloud(ax, x, title, colours=GREY, size=4):
+def cloud(ax, x: Tensor, title: str, colours=GREY, size: float = 4) -> None:
     """A scatter of points (n,2) in the common window."""
     ax.scatter(*x.T.numpy(), s=size, c=colours, linewidths=0)
     window(ax, title)
 
 
 class Pictures:
-    """The figures of one run folder, from its checkpoints and metrics alone."""
+    """The figures of one run folder, from its files alone."""
 
     def __init__(self, folder):
-        self.folder = folder = Path(folder)
-        require((folder / "metrics.json").exists(), f"no finished run in {folder} (it holds no metrics.json)")
-        config = read_json(folder / "config.json", "schedule", "dataset")
-        require("guidance" not in config, f"{folder} is one of several guidance scales, drawn together as guidance.png")
-        self.metrics = read_json(folder / "metrics.json", "rows", "floor")
-        self.schedule = tuple(Phase(**p) for p in config["schedule"])
-        content = read_run(folder / "student.pt", "student")
-        self.journal = Journal(content["journal"])
-        self.student = scflow.load(folder / "student.pt")
-        self.teacher, self.target = scflow.build(content["teacher"]["arch"]), scflow.build(content["arch"])
-        self.teacher.load_state_dict(content["teacher"]["weights"])
-        self.target.load_state_dict(content["state"]["parts"]["target"])
-        self.data, generator = dataset(config["dataset"]), torch.Generator().manual_seed(3)
+        self.folder = Path(folder)
+        require((self.folder / "metrics.json").exists(), f"no finished run in {folder} (it holds no metrics.json)")
+        config = read_json(self.folder / "config.json", "schedule", "dataset", "teacher")
+        self.metrics = read_json(self.folder / "metrics.json", "rows", "floor")
+        self.schedule = tuple(Phase(**phase) for phase in config["schedule"])
+        self.data = dataset(config["dataset"])
         self.exact = self.data if isinstance(self.data, GaussianMixture) else None
+        past = scflow.read(self.folder / "student.pt")
+        require("frames" in past, f"{self.folder / 'student.pt'} is not of a run of toy_2d.py")
+        self.rows = past["rows"]
+        self.frames = past["frames"]
+        self.student = scflow.load(self.folder / "student.pt")
+        self.target = scflow.clone(self.student)
+        self.target.load_state_dict(past["target"])
+        self.teacher = self.exact if config["teacher"] == "exact" else scflow.load(self.folder / "teacher.pt")
+        generator = torch.Generator().manual_seed(3)
         self.noise = torch.randn(1500, 2, generator=generator)
-        self.x0 = self.data.sample(1500, generator)[0]
+        self.x0, _ = self.data.sample(1500, generator)
 
-    def quality(self, who, solver="euler"):
-        """{NFE: energy distance ×10³} of one network and solver."""
-        return {r["nfe"]: 1e3 * r["energy"] for r in self.metrics["rows"] if (r["who"], r["solver"]) == (who, solver)}
+    def quality(self, who: str, solver: str = "euler") -> dict[int, float]:
+        """{evaluations: energy distance ×10³} of one network and solver."""
+        rows = [row for row in self.metrics["rows"] if (row["who"], row["solver"]) == (who, solver)]
+        return {row["nfe"]: 1e3 * row["energy"] for row in rows}
 
     def hero(self, plt):
         """Noise, data, teacher and student samples: the colour of a point is that of its noise."""
@@ -696,26 +884,35 @@ class Pictures:
         colours = by_angle(self.noise)
         cloud(axes[0, 0], self.noise, "noise (colour key)", colours)
         cloud(axes[0, 1], self.x0, "data")
-        places = [("teacher", 1), ("teacher", 50), ("student", 1), ("student", 2), ("student", 4), ("student", 8)]
-        for ax, (who, steps) in zip([*axes[0, 2:], *axes[1]], places):
-            cloud(ax, scflow.sample(getattr(self, who), self.noise, steps), f"{who}, {plural(steps, 'step')}", colours)
-            value = (
-                f"{self.quality(who)[steps]:.1f}".replace("-", "−") if steps in self.quality(who) else "not measured"
-            )
+        panels = {
+            ("teacher", 1): axes[0, 2],
+            ("teacher", 50): axes[0, 3],
+            ("student", 1): axes[1, 0],
+            ("student", 2): axes[1, 1],
+            ("student", 4): axes[1, 2],
+            ("student", 8): axes[1, 3],
+        }
+        for (who, steps), ax in panels.items():
+            x = scflow.sample(getattr(self, who), self.noise, steps)
+            cloud(ax, x, f"{who}, {plural(steps, 'step')}", colours)
+            quality = self.quality(who)
+            value = f"{quality[steps]:.1f}".replace("-", "−") if steps in quality else "not measured"
             ax.set_xlabel(f"energy distance × 10³: {value}", fontsize=9, color="#444444")
         return figure
 
     def steps(self, plt):
         """Quality against network evaluations, with the noise floor as a band."""
         figure, ax = plt.subplots(figsize=(6, 3.9))
-        mean, sd = (1e3 * self.metrics["floor"][k] for k in ("mean", "sd"))
+        mean = 1e3 * self.metrics["floor"]["mean"]
+        sd = 1e3 * self.metrics["floor"]["sd"]
         ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="#dddddd", label="noise floor ± 2 sd", lw=0)
         for (who, solver), colour, marker in zip(LABELS, (TEACHER, STUDENT, RENOISE), "os^"):
-            nfe, values = zip(*self.quality(who, solver).items())
-            ax.plot(nfe, values, color=colour, marker=marker, label=LABELS[who, solver], lw=2)
+            quality = self.quality(who, solver)
+            ax.plot(quality.keys(), quality.values(), color=colour, marker=marker, label=LABELS[who, solver], lw=2)
+        counts = sorted(self.quality("teacher"))
         ax.set_xscale("log", base=2)
         ax.set_yscale("symlog", linthresh=2)
-        ax.set_xticks(*2 * [sorted(self.quality("teacher"))])
+        ax.set_xticks(counts, counts)
         ax.set_yticks([-2, -1, 0, 1, 2, 10, 100, 1000], ["−2", "−1", "0", "1", "2", "10", "100", "1000"])
         ax.minorticks_off()
         ax.set(xlabel="network evaluations", ylabel="energy distance × 10³", ylim=(min(-1, mean - 3 * sd), None))
@@ -726,58 +923,64 @@ class Pictures:
         """From noise (grey) to data (black): the teacher's curved paths, the student's in eight steps and in one."""
         figure, axes = plt.subplots(1, 3, figsize=(10, 3.7))
         noise = self.noise[:160]
+        colours = by_angle(noise)
         for ax, who, steps in zip(axes, ("teacher", "student", "student"), (50, 8, 1)):
             x, path = scflow.sample(getattr(self, who), noise, steps, trajectory=True)  # (n,2), (steps+1,n,2)
-            for i, colour in enumerate(by_angle(noise)):
-                ax.plot(*path[:, i].T.numpy(), color=colour, lw=0.9)
+            for i, colour in enumerate(colours):
+                ax.plot(path[:, i, 0], path[:, i, 1], color=colour, lw=0.9)
             ax.scatter(*noise.T.numpy(), s=6, color="#bbbbbb", zorder=3)
             ax.scatter(*x.T.numpy(), s=8, color="black", zorder=4)
             window(ax, f"{who}, {plural(steps, 'Euler step')}")
         return figure
 
     def field(self, plt):
-        """Where the velocities lead at several t, over their distance to the exact ones (else over their length).
-
-        The student's velocity is the average one to the end of the path, (x − f)/t, and is compared with that.
-        """
+        """Where the velocities lead at several t, over their distance to the exact ones (else over their length)."""
         figure, axes = plt.subplots(2, 4, figsize=(10.6, 5.6))
-        side, generator = torch.linspace(-LIMIT, LIMIT, 61), torch.Generator().manual_seed(4)
-        fine, coarse = torch.cartesian_prod(side, side), torch.cartesian_prod(side[2::5], side[2::5])
+        side = torch.linspace(-LIMIT, LIMIT, 61)
+        fine = torch.cartesian_prod(side, side)  # (61²,2)
+        coarse = torch.cartesian_prod(side[2::5], side[2::5])
+        x1 = torch.randn(200, 2, generator=torch.Generator().manual_seed(4))
         for row, who in zip(axes, ("teacher", "student")):
             for ax, t in zip(row, (1.0, 0.75, 0.5, 0.25)):
-                times, net = torch.full((len(fine),), t), getattr(self, who)
+                net = getattr(self, who)
                 with torch.no_grad():  # a picture
-                    shade, arrows = net(fine, times), net(coarse, times[: len(coarse)])
-                if self.exact:  # blank where p_t is below a thousandth of its peak: nothing is learned there
-                    average = (fine - self.exact.flow_map(fine, times, 50)) / t
-                    shade = shade - (self.exact(fine, times) if who == "teacher" else average)
-                    density = self.exact.log_density(fine, times)
-                    shade[density < density.max() - math.log(1000)] = math.nan
-                shade = shade.norm(dim=1).reshape(61, 61).T.numpy()
-                picture = ax.imshow(shade, "YlOrBr", origin="lower", extent=2 * (-LIMIT, LIMIT), vmin=0, vmax=2)
-                x1 = torch.randn(200, 2, generator=generator)
-                xt = scflow.interpolate(self.x0[:200], x1, times[:200])
+                    arrows = -net(coarse, torch.full((len(coarse),), t))  # sampling follows −v
+                shade = self.shade(who, fine, t).reshape(61, 61).T
+                square = (-LIMIT, LIMIT, -LIMIT, LIMIT)
+                picture = ax.imshow(shade.numpy(), "YlOrBr", origin="lower", extent=square, vmin=0, vmax=2)
+                xt = scflow.interpolate(self.x0[:200], x1, torch.full((200,), t))
                 ax.scatter(*xt.T.numpy(), s=4, color=STUDENT, linewidths=0)
-                arrows = -arrows.T.numpy()  # sampling follows −v
-                ax.quiver(*coarse.T.numpy(), *arrows, color="black", scale=45, width=0.006)
+                ax.quiver(*coarse.T.numpy(), *arrows.T.numpy(), color="black", scale=45, width=0.006)
                 window(ax, f"{who}, t = {t:g}")
         label = "‖v − exact v‖ (student: average v)" if self.exact else "‖v‖"
         figure.colorbar(picture, ax=axes, shrink=0.7, label=label, extend="max")
         return figure
 
+    @torch.no_grad()  # a picture
+    def shade(self, who: str, x: Tensor, t: float) -> Tensor:
+        """The error of a velocity at points (n,2), where it is known, else the velocity's length; (n,).
+
+        The student's velocity is the average one to the end of the path, (x − f)/t, and is compared with that.
+        """
+        times = torch.full((len(x),), t)
+        v = getattr(self, who)(x, times)
+        if self.exact is None:
+            return v.norm(dim=1)
+        if who == "teacher":
+            truth = self.exact(x, times)
+        else:
+            truth = (x - self.exact.flow_map(x, times, 50)) / t
+        error = (v - truth).norm(dim=1)
+        density = self.exact.log_density(x, times)
+        error[density < density.max() - math.log(1000)] = math.nan  # nothing is learned there
+        return error
+
     def losses(self, plt):
         """Losses and gradient norms over training, and the losses by t at its end."""
         figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.7))
-        for prefix, ax in (("", axes[0]), ("norm_", axes[1])):
-            for name, colour in LOSS_COLOURS.items():
-                rows = [r for r in self.journal.rows if r["stage"] == "student" and prefix + name in r]
-                width = 1 if prefix else max(1, min(15, len(rows) // 4))  # the losses of single batches are noisy
-                if rows:
-                    mean = np.convolve([r[prefix + name] for r in rows], np.ones(width) / width, "valid")
-                    steps = [r["step"] for r in rows][(width - 1) // 2 :][: len(mean)]
-                    ax.plot(steps, mean, ".-" if prefix else "-", color=colour, label=name, lw=1.6)
-            for end in np.cumsum([p.steps for p in self.schedule])[:-1]:
-                ax.axvline(end, color=GREY, ls=":", lw=1)
+        for name, colour in LOSS_COLOURS.items():
+            self.plot_log(axes[0], name, name, colour)
+            self.plot_log(axes[1], f"norm_{name}", name, colour)
         edges, values = self.losses_by_t()
         for name, value in values.items():
             axes[2].stairs(value, edges, baseline=None, color=LOSS_COLOURS[name], label=name, lw=1.8)
@@ -789,518 +992,148 @@ class Pictures:
             ax.legend(fontsize=8, ncols=2)
         return figure
 
-    def losses_by_t(self, bins=10, n=2000):
+    def plot_log(self, ax, key: str, label: str, colour: str) -> None:
+        """One column of the log against the student's updates, with a line where a phase ends."""
+        rows = [row for row in self.rows if row["stage"] == "student" and key in row]
+        if not rows:
+            return
+        width = 1 if key.startswith("norm") else max(1, min(15, len(rows) // 4))  # single batches are noisy
+        mean = np.convolve([row[key] for row in rows], np.ones(width) / width, "valid")
+        steps = [row["step"] for row in rows][(width - 1) // 2 :][: len(mean)]
+        ax.plot(steps, mean, color=colour, label=label, lw=1.6, marker="." if width == 1 else None)
+        end = 0
+        for phase in self.schedule[:-1]:
+            end += phase.steps
+            ax.axvline(end, color=GREY, ls=":", lw=1)
+
+    def losses_by_t(self, bins: int = 10, n: int = 2000):
         """Mean teacher and student losses in equal bins of t: edges (bins+1,), {name: [value per bin]}."""
-        generator, values, edges = torch.Generator().manual_seed(5), {}, np.linspace(0, 1, bins + 1)
+        generator = torch.Generator().manual_seed(5)
+        edges = np.linspace(0, 1, bins + 1)
         phase = replace(self.schedule[0], self_source="student", self_form="x0")
-        weights = dict(consistency=1, bi=1, self=1, adv=0)
+        weights = {"consistency": 1.0, "bi": 1.0, "adv": 0.0, "self": 1.0}
+        values = {"flow": [], "consistency": [], "bi": [], "self": []}
         for low in edges[:-1]:
-            x0, x1 = self.data.sample(n, generator)[0], torch.randn(n, 2, generator=generator)
+            x0, _ = self.data.sample(n, generator)
+            x1 = torch.randn(n, 2, generator=generator)
             t = float(low) + torch.rand(n, generator=generator) / bins
             with torch.no_grad():  # a measurement
                 losses, _ = scflow.distill_losses(self, x0, x1, t, phase, weights, generator)
                 v = self.teacher(scflow.interpolate(x0, x1, t), t)
-            for name, value in {"flow": scflow.flow_matching_loss(v, x0, x1), **losses}.items():
-                values.setdefault(name, []).append(value.item())
+            losses["flow"] = scflow.flow_matching_loss(v, x0, x1)
+            for name, loss in losses.items():
+                values[name].append(loss.item())
         return edges, values
 
     def critic(self, plt):
-        """The discriminator at four moments: orange it takes for data, purple for samples."""
-        frames, side = self.journal.frames, self.journal.grid[:48, 1].numpy()
+        """The critic at four moments: orange it takes for data, purple for samples."""
         figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
-        for ax, i in zip(axes, np.linspace(0, len(frames) - 1, 4).round().astype(int)):
-            critic, levels = frames[i]["critic"].float().numpy().reshape(48, 48).T, np.linspace(-1.5, 1.5, 13)
+        side = np.linspace(-LIMIT, LIMIT, 48)
+        levels = np.linspace(-1.5, 1.5, 13)
+        moments = np.linspace(0, len(self.frames) - 1, 4).round().astype(int)
+        for ax, moment in zip(axes, moments):
+            frame = self.frames[moment]
+            critic = frame["critic"].float().reshape(48, 48).T.numpy()
             picture = ax.contourf(side, side, critic, levels, cmap="PuOr_r", extend="both")
             ax.contour(side, side, critic, [0], colors="black", linewidths=0.8)
-            cloud(ax, frames[i]["samples"][0].float(), f"after {plural(frames[i]['step'], 'update')}", "black", 3)
+            cloud(ax, frame["samples"][0].float(), f"after {plural(frame['step'], 'update')}", "black", 3)
         figure.colorbar(picture, ax=axes, shrink=0.8, label="D(x)", ticks=[-1.5, 0, 1.5])
         return figure
 
-    def gif(self, plt):
+    def gif(self, plt) -> Path:
         """distillation.gif: samples of 1, 2 and 4 steps while the student is trained."""
         from matplotlib.animation import FuncAnimation, PillowWriter
 
-        figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), dpi=90, layout="none")  # it must not move
+        figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), dpi=90, layout="none")  # the axes must not move
         figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.8, wspace=0.03)
+        colours = by_angle(torch.randn(600, 2, generator=torch.Generator().manual_seed(1)))  # the journal's noise
 
         def draw(frame):
             for ax, steps, x in zip(axes, (1, 2, 4), frame["samples"].float()):
                 ax.clear()
                 cloud(ax, self.x0, "", "#dddddd", 2)
-                cloud(ax, x, plural(steps, "step"), by_angle(self.journal.noise), 5)
+                cloud(ax, x, plural(steps, "step"), colours, 5)
             figure.suptitle(f"student after {plural(frame['step'], 'update')}", fontsize=12)
 
-        film = FuncAnimation(figure, draw, self.journal.frames + 8 * self.journal.frames[-1:])  # it ends on a pause
-        film.save(path := self.folder / "distillation.gif", PillowWriter(fps=6))
+        frames = self.frames + 8 * self.frames[-1:]  # it ends on a pause
+        path = self.folder / "distillation.gif"
+        FuncAnimation(figure, draw, frames).save(path, PillowWriter(fps=6))
         return path
 
-    def draw(self, which, gif=False):
+    def draw(self, which: str, gif: bool = False) -> list[Path]:
         """Draw "none", "basic" or "all" of the figures into the folder; returns their paths."""
+        basic = {"1_hero": self.hero, "2_steps": self.steps}
+        more = {"3_paths": self.paths, "4_field": self.field, "5_losses": self.losses, "6_critic": self.critic}
+        chosen = {"none": {}, "basic": basic, "all": {**basic, **more}}[which]
+        if not chosen and not gif:
+            return []
         plt = drawing()
-        paths, basic, more = [], [self.hero, self.steps], [self.paths, self.field, self.losses, self.critic]
-        for number, picture in enumerate({"none": [], "basic": basic, "all": basic + more}[which], 1):
-            paths.append(self.folder / f"{number}_{picture.__name__}.png")
-            write_figure(paths[-1], picture(plt))
-        paths += [self.gif(plt)] if gif else []
+        paths = []
+        for name, picture in chosen.items():
+            path = self.folder / f"{name}.png"
+            write_figure(path, picture(plt))
+            paths.append(path)
+        if gif:
+            paths.append(self.gif(plt))
         plt.close("all")
         return paths
 
 
-# ═══ 6. Ablation ════════════════════════════════════════════════════════════════════════════
-# A row is a name, its flags, and the row it is compared with. All rows of "main" but one take about the same time.
-
-MAIN = {
-    "consistency": ("--preset consistency", ""),
-    "+ truncation": ("--preset consistency --tau 0.4", "consistency"),
-    "+ adversarial": ("--preset paper --lambda-self 0 --lambda-bi 0 --student-steps 1450", "+ truncation"),
-    "+ self-correction": ("--preset paper --lambda-bi 0 --student-steps 1200", "+ adversarial"),
-    "paper": ("--preset paper", "+ self-correction"),  # + bidirectional
-    "paper − truncation": ("--preset paper --tau 0", "paper"),
-    "paper − adversarial": ("--preset paper --lambda-adv 0 --student-steps 1600", "paper"),
-    "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
-    # The best of as many trials of each (results/tuning.md): over all step counts, and at one step.
-    "consistency, δ 0.2": ("--preset consistency --delta 0.2", "consistency"),
-    "consistency, δ 0.02, lr 8e-3": ("--preset consistency --delta 0.02 --student-lr 8e-3", "consistency"),
-    "paper, λ_self 1": ("--preset paper --lambda-self 1", "consistency"),
-    "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
-    "paper, λ_self 3, x̂₀ of EMA": ("--preset paper --lambda-self 3 --self-source ema", "consistency"),
-    "two_phase": ("--preset two_phase", "paper, λ_self 1"),  # the default, in 0.6 of the time
-    "two_phase, as long": ("--preset two_phase --student-steps 1720 260", "consistency, δ 0.02, lr 8e-3"),
-}
-SWEEPS = {"paper": ("--preset paper", "")} | {  # one setting of the paper's at a time, as many updates
-    f"{name} {value}": (f"--preset paper {flags.format(value)}", "paper")
-    for name, flags, values in (
-        ("λ_self", "--lambda-self {}", "0 0.03 0.3 1 3 10"),
-        ("τ", "--tau {}", "0 0.1 0.2 0.6"),
-        ("δ", "--delta {}", "0.02 0.05 0.2 0.5"),
-        ("target EMA", "--target-ema {}", "0 0.99"),
-        ("distance", "--distance {}", "squared"),
-        ("softplus, R1", "--adversarial softplus --r1 {}", "0.1 1"),
-        ("half-time start of", "--warmup-{} 550", "adv self bi"),
-        ("self-correction,", "--self-correction {}", "fresh free"),
-        ("teacher", "--teacher {}", "exact"),
-    )
-    for value in values.split()
-}
-PHASE1 = "--preset consistency --lambda-adv 0.1 --delta 0.05 --at-one 0.125 --student-lr 8e-3"
-RECIPE = {  # one setting of this project's schedule at a time
-    "two_phase": ("--preset two_phase", ""),
-    "phase 1 alone, as long": (f"{PHASE1} --student-steps 1150", "two_phase"),
-} | {
-    name: (f"--preset two_phase {flags}", "two_phase")
-    for name, flags in {
-        "phase 1 of 500": "--student-steps 500 150",
-        "phase 1 of 2000": "--student-steps 2000 150",
-        "phase 2 of 75": "--student-steps 1000 75",
-        "phase 2 of 300": "--student-steps 1000 300",
-        "phase 1, τ 0.4": "--tau 0.4 0",
-        "phase 1, λ_adv 0": "--lambda-adv 0 0.02",
-        "phase 1, none at t = 1": "--at-one 0 0.5",  # the critic's rows are a pass of their own
-        "phase 2, landing points": "--self-form x0",
-        "phase 2, none at t = 1": "--at-one 0.125 0",
-        "phase 2, x̂₀ of the student": "--self-source student",
-        "phase 2, x̂₀ of its average": "--self-source ema",
-        "phase 2, consistency kept": "--lambda-consistency 1 --delta 0.05",
-        "teacher exact": "--teacher exact",
-    }.items()
-}
-GROUPS = {"main": MAIN, "sweeps": SWEEPS, "recipe": RECIPE}
+# ═══ 8. Commands ══════════════════════════════════════════════════════════════════════════
 
 
-@dataclass(frozen=True)
-class Ablate:
-    """Which runs are compared; lists are separated by commas, rows by spaces."""
-
-    rows: tuple = option(("main",), f"groups ({', '.join(GROUPS)}), rows by name, or your own: flags in quotes")
-    datasets: str = option("8gaussians,25gaussians,checkerboard,spirals", "data sets, or all")
-    seeds: str = option("0,1,2,3,4", "seeds")
-    flags: str = option("", "further flags of every run, in quotes")
-    samples: int = option(20000, "points in the evaluation")
-    quick: bool = option(False, "one data set and seed, 6000 samples, where nothing else is asked for")
-    workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
-    runs: str = option("runs/ablate", "folder of the runs, one for each set of flags; finished runs are read back")
-    out: str = option("results/ablation", "path of the results, without .csv, .md and .png")
-
-
-def chosen_rows(names):
-    """{row: (flags, the row it is compared with)} of the names of groups or rows, or lines of flags."""
-    every, rows = {name: row for group in GROUPS.values() for name, row in group.items()}, {}
-    for name in names:
-        require(name in GROUPS or name in every or name.startswith("-"), f"no row {name!r}: see toy_2d.py, section 6")
-        own = {name: every.get(name, (name, next(iter(rows), "")))}
-        rows |= GROUPS.get(name, own)
-    return rows
-
-
-def ablate_cell(argv):
-    """One run of the ablation, in a process of its own; one that diverges is reported, not hidden."""
-    torch.set_num_threads(1)
-    run, settings, schedule = configure(argv)
-    try:
-        return train(replace(run, resume=Path(run.out, "config.json").exists()), settings, schedule)[1]
-    except FloatingPointError as error:
-        return dict(dataset=run.dataset, seed=run.seed, teacher=run.teacher, rows=[], failure=str(error))
-
-
-def ablate_command(argv):
-    """Run rows of settings × data sets × seeds side by side; write every measure, tables, tests and figures."""
-    given = cli(argv, ablate_command.__doc__, Ablate)[0]
-    quick = dict(datasets="8gaussians", seeds="0", samples=6000) if given.get("quick") else {}
-    settings = Ablate(**quick | given)
-    rows, donors, waves = chosen_rows(settings.rows), {}, ([], [])
-    names = list(DATASETS) if settings.datasets == "all" else settings.datasets.split(",")
-    for name, seed, (label, (flags, _)) in itertools.product(names, settings.seeds.split(","), rows.items()):
-        mixture, flags = isinstance(dataset(name), GaussianMixture), f"{flags} {settings.flags}"
-        out = Path(settings.runs, "-".join([*re.findall(r"[\w.]+", flags), Path(name).stem, seed]))
-        cell = ["--dataset", name, "--seed", seed, "--samples", str(settings.samples), "--out", str(out), "--quiet"]
-        cell += shlex.split(flags)
-        run, teacher, _ = configure(cell)  # this and `dataset` complain before the first run starts
-        if run.teacher == "exact" and not mixture:
-            continue  # a row that this data set cannot have
-        key = (name, seed, run.teacher, teacher, run.width, run.depth)
-        first = donors.setdefault(key, out) == out  # a teacher is trained once, and serves the runs of the second wave
-        waves[not first].append((label, cell if first else [*cell, "--teacher-from", str(donors[key])]))
-    require(any(waves), "--teacher exact needs a mixture, and there is none among the data sets")
-    with (
-        ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool,
-        tqdm(total=sum(map(len, waves)), desc="runs") as bar,
-    ):
-        done = []
-        for wave in waves:
-            for (label, _), metrics in zip(wave, pool.map(ablate_cell, [cell for _, cell in wave])):
-                done.append((label, metrics))
-                bar.update()
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    results = Ablation(rows, done)
-    write_csv(f"{settings.out}.csv", results.records)
-    command = f"`{shlex.join(['python', 'toy_2d.py', 'ablate', *argv])}`"
-    legend = """Energy distance ×10³ by Euler evaluations, then by re-noising. Gap: RMS from one-step to last sample.
-On mixtures, map error: RMS from one-step to exact sample; path error: RMS from f(x_t,t) to f*(x_t,t)."""
-    lines = [command, "", legend, *results.table(settings), "", *results.tests(), ""]
-    write_text(f"{settings.out}.md", text := "\n".join(lines))
-    print(text, *results.draw(settings.out), sep="\n")
-
-
-def paired(a, b):
-    """How b compares with a, both {(data set, seed): value}: the ratio of the means, how many pairs fall, and p.
-
-    p is that of Wilcoxon's signed-rank statistic among 20,000 random choices of the signs, two-sided.
-    """
-    pairs = sorted(a.keys() & b.keys())
-    if len(pairs) < 2:
-        return ""
-    x, y = (np.array([v[k] for k in pairs]) for v in (a, b))
-    ranks = np.sign(y - x) * (1 + np.abs(y - x).argsort().argsort())
-    chance = np.random.default_rng(0).choice([-1, 1], (20000, len(pairs))) @ ranks
-    p = (1 + (np.abs(chance) >= abs(ranks.sum())).sum()) / 20001
-    return f"×{y.mean() / x.mean():.2f}, {(y < x).sum()}/{len(pairs)}, {p:.2g}"
-
-
-class Ablation:
-    """The results of an ablation: one record per row, data set, seed, solver and count; tables and figures of them."""
-
-    def __init__(self, rows, done, solver="euler"):
-        self.rows = {"teacher": "", "exact velocity": ""} | {row: other for row, (_, other) in rows.items()}
-        self.done = [m for _, m in done if m["rows"]]
-        self.failed = [f"Failed: {row}, {m['dataset']}, {m['failure']}." for row, m in done if not m["rows"]]
-        self.cells = {}  # (row, data set, solver, NFE): {seed: record}; teachers are shared, and stand once
-        for row, m in done:
-            for r in m["rows"]:
-                who = row if r["who"] == "student" else "exact velocity" if m["teacher"] == "exact" else "teacher"
-                more = {"path_error": m.get("path_error")} if who == row else {}
-                seeds = self.cells.setdefault((who, m["dataset"], r["solver"], r["nfe"]), {})
-                seeds.setdefault(m["seed"], {"row": who, "dataset": m["dataset"], "seed": m["seed"], **r, **more})
-        self.records = [record for seeds in self.cells.values() for record in seeds.values()]
-        self.floors = {m["dataset"]: {k: 1e3 * v for k, v in m["floor"].items()} for m in self.done}
-        self.counts = sorted({r["nfe"] for r in self.records if r["who"] == "student"})
-        few, many = self.counts[0], self.counts[-1]
-        self.columns = {f"{n:g}": (solver, n, "energy", 1e3) for n in sorted({r["nfe"] for r in self.records})}
-        self.columns |= {f"re-noising {n}": ("renoise", n, "energy", 1e3) for n in self.counts[1:]}
-        self.columns |= {f"gap at {many}": (solver, many, "gap", 1)}
-        self.columns |= {k.replace("_", " "): (solver, few, k, 1) for k in ("map_error", "path_error", "coverage")}
-        self.columns = {k: v for k, v in self.columns.items() if any(self.values(row, None, k) for row in self.rows)}
-
-    def values(self, row, name, column):
-        """{(data set, seed): value} of a row in a column of the table; `name` is a data set, or None for all."""
-        solver, nfe, key, scale = self.columns[column]
-        cells = {n: self.cells.get((row, n, solver, nfe), {}) for n in self.floors if name in (None, n)}
-        found = {(n, seed): r.get(key) for n, seeds in cells.items() for seed, r in seeds.items()}
-        return {k: scale * v for k, v in found.items() if v is not None}
-
-    def median(self, row, name, column):
-        """The median of a row over seeds, not a number if there is none."""
-        return np.median([*self.values(row, name, column).values()] or [math.nan])
-
-    def table(self, settings):
-        """Lines of Markdown: every row on every data set, mean ± sd over seeds."""
-        machines = "; ".join({m["machine"]: 0 for m in self.done})
-        yield f"Mean ± sd over seeds {settings.seeds}; {settings.samples} samples; {machines}."
-        yield from ["", *self.failed, ""] if self.failed else [""]
-        yield f"| data set (noise floor) | row | {' | '.join(self.columns)} |"
-        yield "|---" * (2 + len(self.columns)) + "|"
-        groups = {name: f"{name} ({floor['mean']:.2f} ± {floor['sd']:.2f})" for name, floor in self.floors.items()}
-        groups |= {None: f"mean of {len(groups)}"} if len(groups) > 1 else {}
-        for name, row in itertools.product(groups, self.rows):
-            cells = []
-            for column, (*_, scale) in self.columns.items():
-                found, digits = self.values(row, name, column), 2 if scale > 1 else 3
-                v = [np.mean([v for (_, s), v in found.items() if s == seed]) for seed in {s: 0 for _, s in found}]
-                cells.append(f"{np.mean(v):.{digits}f}" if v else "")
-                cells[-1] += f" ± {np.std(v, ddof=1):.{digits}f}" if len(v) > 1 else ""
-            if any(cells):
-                yield f"| {groups[name]} | {row} | {' | '.join(cells)} |"
-
-    def tests(self):
-        """Lines of Markdown: each row against another, paired by data set and seed, if there are two or more pairs."""
-        compared = {
-            (row, other): [paired(self.values(other, None, c), self.values(row, None, c)) for c in self.columns]
-            for row, other in self.rows.items()
-        }
-        if any(map(any, compared.values())):
-            yield "Each row against another, in pairs of the same data set and seed: ratio of the means; in how many"
-            yield from ["pairs it is lower; two-sided p of the signed ranks.", ""]
-            yield from [f"| row | against | {' | '.join(self.columns)} |", "|---" * (2 + len(self.columns)) + "|"]
-            yield from (f"| {' | '.join([*names, *cells])} |" for names, cells in compared.items() if any(cells))
-
-    def draw(self, out, label=lambda n: plural(n, "evaluation")):
-        """OUT.png: median and range of each row; and OUT-frontier.png, what λ_self trades, if it was swept."""
-        plt = drawing()
-        rows = [r for r in self.rows if any(self.values(r, None, f"{n:g}") for n in self.counts)]
-        size = (2.8 + 2.4 * len(self.floors), 1.5 + 0.32 * len(rows))
-        figure, axes = plt.subplots(1, len(self.floors), figsize=size, sharex=True, sharey=True, squeeze=False)
-        for ax, (name, floor) in zip(axes[0], self.floors.items()):
-            ax.axvspan(floor["mean"] - 2 * floor["sd"], floor["mean"] + 2 * floor["sd"], color="#dddddd", lw=0)
-            for n, colour, marker in zip(self.counts, (GREY, "#E69F00", RENOISE, STUDENT), "os^D"):
-                values = [[*self.values(row, name, f"{n:g}").values()] or [math.nan] for row in rows]
-                values = [np.minimum(v, 2500) for v in values]  # what ran away is on the right edge
-                middle = np.array([np.median(v) for v in values])
-                reach = np.abs([[f(v) for v in values] for f in (np.min, np.max)] - middle)
-                ax.errorbar(middle, range(len(rows)), xerr=reach, fmt=marker, color=colour, label=label(n))
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
-            ax.minorticks_off()
-            ax.set(title=name, xlabel="energy distance × 10³", xlim=(-0.5, 2500), ylim=(len(rows) - 0.5, -0.5))
-            ax.set_yticks(range(len(rows)), rows)
-            ax.grid(axis="y", color="#eeeeee")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(self.counts))
-        figure.savefig(f"{out}.png", dpi=100)
-        swept = {"paper": scflow.SCHEDULES["paper"][0].lambda_self}
-        swept |= {row: float(row.split()[1]) for row in rows if row.startswith("λ_self")}
-        names = [n for n in self.floors if "path error" in self.columns and self.values(rows[-1], n, "path error")]
-        if len(swept) == 1 or not names:
-            return [f"{out}.png"]
-        figure, axes = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 4), sharey=True, squeeze=False)
-        gap, line = f"gap at {self.counts[-1]}", sorted(swept, key=swept.get)
-        for ax, name in zip(axes[0], names):
-            kept = [row for row in line if self.median(row, name, "map error") < 1]  # the others ran away
-            for error, colour, marker in (("map error", TEACHER, "o"), ("path error", STUDENT, "s")):
-                x, y = ([self.median(row, name, column) for row in kept] for column in (gap, error))
-                ax.plot(x, y, color=colour, marker=marker, label=f"λ_self: {error}")
-                for row, *place in zip(kept, x, y):
-                    if swept[row] in (0, 0.3, 1, 3, 10):  # what lies between is too close for a label
-                        ax.annotate(f"{swept[row]:g}", place, xytext=(6, 2), textcoords="offset points", fontsize=9)
-                if "two_phase" in rows:
-                    place = self.median("two_phase", name, gap), self.median("two_phase", name, error)
-                    ax.plot(*place, "*", color=colour, ms=14, label=f"two_phase: {error}")
-            ax.set(title=name, xlabel=gap, xlim=(0, None), ylim=(0, None))
-        axes[0, 0].set_ylabel("distance to the exact map")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        figure.savefig(f"{out}-frontier.png", dpi=100)
-        return [f"{out}.png", f"{out}-frontier.png"]
-
-
-# ═══ 7. What else the same time buys ════════════════════════════════════════════════════════
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is compared; lists are separated by commas."""
-
-    methods: str = option("all", "methods by their names in notebook 6")
-    datasets: str = option("8gaussians,25gaussians,checkerboard,spirals", "data sets, or all")
-    seeds: str = option("0,1,2", "seeds")
-    shares: str = option("0.25,1", "parts of the default run's time that each method gets")
-    samples: int = option(20000, "points in the evaluation")
-    tune: bool = option(False, "all settings that were tried, instead of the chosen ones")
-    growth: bool = option(False, "instead, cost and quality by batch, width, dimension and modes (notebook 8)")
-    rounds: int = option(20, "turns in which the cost of an update is measured")
-    workers: int = option(os.cpu_count() or 1, "runs side by side, one thread each")
-    runs: str = option("runs/bench", "folder of the finished runs, which are read back")
-    out: str = option("results/bench", "path of the results, without .csv, .md and .png")
-
-
-def notebook(stem):
-    """The source of a notebook as a module."""
-    path = Path(__file__).with_name("notebooks") / f"{stem}.py"
-    require(path.is_file(), f"this needs {path}, which is not there: call it in a clone")
-    spec = importlib.util.spec_from_file_location(stem, path)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-
-def rate(device, work, amount, seconds=0.3):
-    """How much of `amount` the device gets done in a second, when `work()` does it once."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    work(), wait()  # the first time warms up
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        work(), wait()
-        count += 1
-    return amount * count / spent
-
-
-def matmul_rate(device):
-    """FLOP/s of a square matrix product (bf16 on CUDA, else float32): the most that a network can hope for."""
-    side, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    return rate(device, lambda: a @ a, 2 * side**3)
-
-
-def bench_cell(path, stem, cell):
-    """One run that a notebook defines, in a process of its own; a finished one is read back."""
-    torch.set_num_threads(1)
-    if not path.exists():
-        write_text(path, json.dumps(notebook(stem).measure(**cell)))
-    return read_json(path, "machine")
-
-
-def bench_cells(bench, stem, cells):
-    """`bench_cell` of many, side by side."""
-    slugs = ("-".join(re.findall(r"[\w.]+", " ".join(map(str, cell.values())))) for cell in cells)
-    paths = [Path(bench.runs, f"{stem}-{slug}.json") for slug in slugs]
-    for path in (Path(bench.out), paths[0]):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(bench.workers, mp_context=get_context("spawn")) as pool:
-        done = pool.map(bench_cell, paths, itertools.repeat(stem), cells)
-        return list(tqdm(done, total=len(cells), desc="runs"))
-
-
-def bench_command(argv):
-    """Our update against a naive one, and our student against the method's relatives at equal time; or its growth."""
-    bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
-    seeds, shares = (sorted(map(kind, text.split(","))) for kind, text in ((int, bench.seeds), (float, bench.shares)))
-    command = f"`{shlex.join(['python', 'toy_2d.py', 'bench', *argv])}`"
-    if bench.growth:
-        module = notebook("08_growth")
-        cells = [dict(case, seed=seed, samples=bench.samples) for case in module.CASES for seed in seeds]
-        done = bench_cells(bench, "08_growth", [dict(cell, share=shares[-1]) for cell in cells])
-        write_csv(f"{bench.out}.csv", [row for metrics in done for row in module.records(metrics)])
-        write_text(f"{bench.out}.md", text := "\n".join([command, "", *module.growth_table(done), ""]))
-        drawing()
-        module.draw_growth(done).savefig(f"{bench.out}.png", dpi=80)
-        return print(text, f"{bench.out}.png", sep="\n")
-    module = notebook(source := "06_relatives")
-    names = list(DATASETS) if bench.datasets == "all" else bench.datasets.split(",")
-    chosen = list(module.METHODS) if bench.methods == "all" else bench.methods.split(",")
-    for method in chosen:
-        require(method in module.METHODS, f"no method {method!r}: there are {', '.join(module.METHODS)}")
-    for name in names:
-        dataset(name)  # complains before the first run starts
-    methods = [(f"{k} {v}" if v else k, k, v) for k in chosen for v in (module.trials(k) if bench.tune else [{}])]
-    rows, cells = [], []
-    for name, seed, share, (row, method, trial) in itertools.product(names, seeds, shares, methods):
-        rows += [row]
-        cells += [dict(method=method, name=name, seed=seed, share=share, samples=bench.samples, **trial)]
-    costs = [] if bench.tune else [*module.cost_table(bench.rounds), ""]
-    done = list(zip(rows, bench_cells(bench, source, cells)))
-    rows = {row: ("", "" if bench.tune or row == module.OURS else module.OURS) for row, _, _ in methods}
-    by_steps = Ablation(rows, [(k, m) for k, m in done if m["share"] == shares[-1]], "own")
-    one_step = [(k, m | dict(rows=[dict(m["rows"][0], nfe=m["share"], gap=None)])) for k, m in done]
-    by_time = Ablation(rows, one_step, "own")
-    write_csv(f"{bench.out}.csv", by_steps.records)
-    write_csv(f"{bench.out}-time.csv", by_time.records)
-    legends = (
-        "Energy distance ×10³ by evaluations of the network in sampling, and gap: RMS from one-step to last sample.",
-        f"Energy distance ×10³ of one step, by training time: {shares} of the default run's.",
-    )
-    lines = [command, "", *costs, *module.effort_table([(k, m) for k, m in done if m["share"] == shares[-1]]), ""]
-    lines += [legends[0], *by_steps.table(bench), "", *by_steps.tests(), "", legends[1], *by_time.table(bench), ""]
-    write_text(f"{bench.out}.md", text := "\n".join(lines))
-    print(text, *by_steps.draw(bench.out), *by_time.draw(f"{bench.out}-time", "{:g} of the time".format), sep="\n")
-
-
-# ═══ 8. Commands ════════════════════════════════════════════════════════════════════════════
-
-
-def train_command(argv):
-    """Train, distil, evaluate and draw one data set (the command when none is named; others: plot, ablate, bench)."""
+def train_command(argv: list[str]) -> None:
+    """Train, distil, evaluate and draw one data set. (This runs when no command is named; the other is plot.)"""
     run, settings, schedule = configure(argv, train_command.__doc__)
-    if getattr(dataset(run.dataset), "labels", None) is not None:
-        return train_guided(run, settings, schedule)
     folder, metrics = train(run, settings, schedule)
     if not run.quiet:
         print(f"\n{run.dataset}, seed {run.seed}, schedule {run.preset!r}, {run.samples} samples\n{table(metrics)}\n")
     clock = time.perf_counter()
-    figures = Pictures(folder).draw(run.figures, run.gif) if run.gif or run.figures != "none" else []
+    figures = Pictures(folder).draw(run.figures, run.gif)
     if not run.quiet:
         seconds = metrics["seconds"] | {"figures": time.perf_counter() - clock}
-        print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
-        print("files:   " + ", ".join(map(str, [folder / "student.pt", folder / "metrics.json", *figures])))
-
-
-def train_guided(run, settings, schedule):
-    """One teacher of a labelled data set, and a student for each guidance scale in a run folder of its own."""
-    module, again = notebook("07_prompts_and_guidance"), run.resume or run.overwrite
-    folder = Path(run.out or usual_folder(run.dataset, again))
-    places = {scale: folder / f"guidance-{scale:g}" for scale in run.guidance}
-    require(all(map(math.isfinite, places)) and len({*places.values()}) == len(run.guidance), "give different scales")
-    require(run.figures != "all" and not run.gif, "of labelled data there is one figure, guidance.png")
-    started = [path for path in places.values() if (path / "config.json").exists()]
-    require(started or not run.resume, f"nothing to resume: {folder} holds no run of these scales")
-    require(again or not started, f"{folder} exists: give --resume to go on with it, or --overwrite")
-    donor = run.teacher_from
-    for scale, path in places.items():
-        own = replace(run, guidance=(scale,), out=str(path), resume=run.resume and path in started, teacher_from=donor)
-        finished, _ = train(own, settings, schedule)
-        donor = donor or str(finished)
-    done = {
-        path: read_json(path / "metrics.json", "guidance")
-        for path in folder.glob("guidance-*/")
-        if (path / "metrics.json").exists()
-    }
-    done = dict(sorted(done.items(), key=lambda item: item[1]["guidance"]["scale"]))  # of earlier calls too
-    write_text(folder / "guidance.md", text := "\n".join(module.guidance_table([*done.values()])) + "\n")
-    if run.figures != "none":
-        drawing()
-        write_figure(folder / "guidance.png", module.draw_guidance([*done]), 80)
-    if not run.quiet:
-        print(text, *sorted(map(str, folder.glob("guidance.*"))), sep="\n")
+        files = [folder / "student.pt", folder / "metrics.json", *figures]
+        print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+        print("files:   " + ", ".join(str(file) for file in files))
 
 
 @dataclass(frozen=True)
 class Plot:
     """What is drawn, and from where."""
 
-    out: str = option("runs/8gaussians", "run folder")
-    figures: str = option("basic", "figures to draw", choices=("none", "basic", "all"))
-    gif: bool = option(False, "also draw a moving picture of the distillation")
+    out: str = "runs/8gaussians"  # run folder
+    figures: Literal["none", "basic", "all"] = "basic"  # figures to draw
+    gif: bool = False  # also draw a moving picture of the distillation
 
 
-def plot_command(argv):
+def plot_command(argv: list[str]) -> None:
     """Draw the figures of a finished run again, without training."""
-    plot = Plot(**cli(argv, plot_command.__doc__, Plot)[0])
+    (given,) = cli(argv, plot_command.__doc__, Plot())
+    plot = Plot(**given)
     for path in Pictures(plot.out).draw(plot.figures, plot.gif):
         print(path)
 
 
-COMMANDS = {"train": train_command, "plot": plot_command, "ablate": ablate_command, "bench": bench_command}
+COMMANDS = {"train": train_command, "plot": plot_command}
 
 
-def main(argv=None, commands=COMMANDS, default="train", program="toy_2d.py"):
-    """Run a command; bad input is one line on stderr and exit code 2, a stop by Ctrl-C is 130."""
+def main(argv=None, commands=COMMANDS, default: str | None = "train", program: str = "toy_2d.py") -> int:
+    """Run a command. Bad input is one line on stderr and exit code 2, a stop by Ctrl-C is 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    name, code = argv.pop(0) if argv and argv[0] in commands else default, 2
+    name = argv.pop(0) if argv and argv[0] in commands else default
     try:
         require(name, f"name a command: {', '.join(commands)} (each has --help)")
-        return commands[name](argv) or 0
+        commands[name](argv)
+        return 0
     except torch.cuda.OutOfMemoryError:
         text = "error: out of memory: lower the batch (--batch, --teacher-batch, --student-batch) or --size"
     except (ValueError, FloatingPointError, OSError) as error:
         text = f"error: {error}"
-    except (Stopped, KeyboardInterrupt) as stop:
-        text, code = str(stop) or "stopped: the same command with --resume goes on with what was saved", 130
+    except KeyboardInterrupt as stop:
+        print(f"{program}: {str(stop) or 'stopped'}", file=sys.stderr)
+        return 130
     print(f"{program}: {text}", file=sys.stderr)
-    return code
+    return 2
 
 
 if __name__ == "__main__":
