@@ -6,115 +6,195 @@
     python celeba_latent.py distill --out runs/faces                 (finds the teacher and the latents there)
     python celeba_latent.py sample --out runs/faces --steps 1 2 4
     python celeba_latent.py evaluate --out runs/faces
-    python celeba_latent.py bench                                    our updates against naive ones
 
-The method, the networks, the training loops and the measures are those of `scflow.py`; this script adds pictures, the
-autoencoder, sizes and speed. A latents folder holds latents.npy (float16, as encoded), meta.pt (the autoencoder, the
-statistics, the sources), and thumbs.npy and textures.npy, what is compared of the originals. A run folder holds
-config.json, teacher.pt, student.pt, log.csv, metrics.json, metrics.md and sheets of samples.
+The method, the networks and the training loops are those of `scflow.py`. This script adds pictures,
+autoencoders, sizes, measures, and runs that can be resumed. A latents folder holds latents.npy (float16,
+as encoded), meta.pt (the autoencoder, the statistics, the sources), and thumbs.npy and textures.npy, what
+is compared of the originals. A run folder holds config.json, teacher.pt, student.pt, log.csv, metrics.json,
+metrics.md and sheets of samples.
 """
 
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import scflow
 import toy_2d
-from scflow import Phase, TeacherSettings, option, require
-from toy_2d import cli, open_folder, read_json, write_text
+from scflow import Phase, TeacherSettings, check_choices, require
+from toy_2d import cli, read_json, write_csv, write_text
 
-# ═══ 1. Drawn faces ═════════════════════════════════════════════════════════════════════════
-# A world of pictures without a download: every face comes from 34 numbers, uniform in [0,1), so that no two are
-# alike and none can be memorised.
+# ═══ 1. Drawn faces ═══════════════════════════════════════════════════════════════════════
+# A world of pictures without a download. Every face comes from 34 numbers, uniform in [0,1),
+# so that no two are alike and none can be memorised.
 
-TRAITS = 34
+TRAITS = {  # the range of each; draw_faces takes its numbers in this order
+    "ground_hue": (0.0, 1.0),
+    "ground_saturation": (0.1, 0.4),
+    "ground_value": (0.5, 0.95),
+    "light": (0.0, 2 * math.pi),  # the direction the background's light comes from
+    "scale": (1.12, 1.36),
+    "shift_x": (-0.1, 0.1),
+    "shift_y": (-0.08, 0.1),
+    "tilt": (-0.22, 0.22),
+    "turn": (-1.0, 1.0),
+    "tone": (0.0, 1.0),
+    "warmth": (-0.04, 0.04),
+    "hair_hue": (0.02, 0.13),
+    "hair_value": (0.1, 0.85),
+    "hair_length": (0.0, 1.0),
+    "hair_top": (0.0, 0.14),
+    "hair_sides": (0.04, 0.16),
+    "fringe": (0.36, 0.62),
+    "parting": (-0.17, 0.17),
+    "head_width": (0.40, 0.50),
+    "head_height": (0.54, 0.64),
+    "shirt_hue": (0.0, 1.0),
+    "shirt_value": (0.25, 0.9),
+    "shade": (-0.32, 0.32),
+    "eye_gap": (0.18, 0.22),
+    "eye_size": (0.095, 0.125),
+    "eye_opening": (0.6, 0.95),
+    "eye_hue": (0.05, 0.62),
+    "gaze": (-0.03, 0.03),
+    "brow_slant": (-0.3, 0.3),
+    "brow_height": (0.025, 0.05),
+    "smile": (-0.6, 1.2),
+    "mouth_width": (0.14, 0.22),
+    "lip_height": (0.035, 0.085),
+    "lip_red": (0.0, 1.0),
+}
 
 
-def ellipse(x, y, cx, cy, rx, ry, edge):
+def read_traits(numbers: Tensor) -> SimpleNamespace:
+    """Numbers in [0,1), (B,34) → the traits as attributes, (B,1,1) each."""
+    traits = SimpleNamespace()
+    for name, column in zip(TRAITS, numbers.T):
+        low, high = TRAITS[name]
+        value = low + (high - low) * column
+        setattr(traits, name, value[:, None, None])
+    return traits
+
+
+def ellipse(x, y, cx, cy, rx, ry, edge) -> Tensor:
     """How much of each pixel (B,S,S) an ellipse covers: 1 inside, 0 outside, with an `edge` wide ramp between."""
-    radius = (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt()
-    return (0.5 - (radius - 1) * torch.minimum(rx, ry) / edge).clamp(0, 1)
+    u = (x - cx) / rx
+    v = (y - cy) / ry
+    radius = (u**2 + v**2).sqrt()
+    shorter = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
+    return (0.5 - (radius - 1) * shorter / edge).clamp(0, 1)
 
 
-def colour(hue, saturation, value):
-    """HSV (B,1,1), each in [0,1], as RGB (B,3,1,1)."""
-    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + 6 * hue[:, None]) % 6
-    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+def colour(hue: Tensor, saturation, value) -> Tensor:
+    """HSV, (B,1,1) or numbers, each in [0,1], as RGB (B,3,1,1)."""
+    channels = []
+    for offset in (5, 3, 1):  # red, green, blue
+        k = (offset + 6 * hue) % 6
+        k = torch.minimum(k, 4 - k).clamp(0, 1)
+        channels.append(value * (1 - saturation * k))
+    return torch.stack(channels, 1)
 
 
-def draw_faces(traits, size=32):
-    """Faces drawn from numbers in [0,1), (B,34) → RGB (B,3,size,size) in [0,1], painted from back to front."""
-    numbers = iter(traits.T[..., None, None])  # each (B,1,1)
+def paint(picture: Tensor, mask: Tensor, rgb) -> Tensor:
+    """The picture (B,3,S,S) with a colour laid over it where the mask (B,S,S) is 1."""
+    return picture + mask[:, None] * (rgb - picture)
 
-    def between(low, high):
-        return low + (high - low) * next(numbers)
 
-    def paint(mask, rgb):
-        nonlocal picture
-        picture = picture + mask[:, None] * (rgb - picture)
+def draw_faces(traits: Tensor, size: int = 32) -> Tensor:
+    """Numbers in [0,1), (B,34), one for each of TRAITS → faces, RGB (B,3,size,size) in [0,1]."""
+    face = read_traits(traits)
+    pixels = (torch.arange(size) + 0.5) / size * 2 - 1  # centres of the pixels, in [-1,1]
+    across = pixels[None, None, :]
+    down = pixels[None, :, None]
 
-    side = (torch.arange(size) + 0.5) / size * 2 - 1
-    across, down = side[None, None, :], side[None, :, None]
-    hue, saturation, value, angle = between(0, 1), between(0.1, 0.4), between(0.5, 0.95), between(0, 2 * math.pi)
-    picture = colour(hue, saturation, value) * (1 + 0.25 * (across * angle.cos() + down * angle.sin()))[:, None]
+    # All is painted from back to front, the background first.
+    ground = colour(face.ground_hue, face.ground_saturation, face.ground_value)
+    light = across * face.light.cos() + down * face.light.sin()
+    picture = ground * (1 + 0.25 * light)[:, None]
 
-    # Pose: everything that follows lives in the head's own coordinates.
-    scale, dx, dy, tilt = between(1.12, 1.36), between(-0.1, 0.1), between(-0.08, 0.1), between(-0.22, 0.22)
-    turn = 0.13 * between(-1, 1)
-    u, v = (across - dx) / scale, (down - dy) / scale
-    x, y = tilt.cos() * u + tilt.sin() * v, tilt.cos() * v - tilt.sin() * u
-    zero, edge = torch.zeros_like(hue), 3.2 / size / scale
+    # Pose: x and y are the head's own coordinates.
+    u = (across - face.shift_x) / face.scale
+    v = (down - face.shift_y) / face.scale
+    x = face.tilt.cos() * u + face.tilt.sin() * v
+    y = face.tilt.cos() * v - face.tilt.sin() * u
+    middle = 0.13 * face.turn  # of eyes and mouth
+    edge = 3.2 / size / face.scale
 
-    tone, warm = between(0, 1), between(-0.04, 0.04)
-    skin = torch.stack([0.95 - 0.55 * tone, 0.80 - 0.55 * tone, 0.68 - 0.52 * tone + warm], 1)
-    hue, value, length = between(0.02, 0.13), between(0.1, 0.85), between(0, 1)
-    hair = colour(hue, 0.75 - 0.35 * value, value)
-    top, wide, fringe, parting = between(0, 0.14), between(0.04, 0.16), between(0.36, 0.62), between(-0.17, 0.17)
-    rx, ry = between(0.40, 0.50), between(0.54, 0.64)
+    dark = 0.55 * face.tone
+    blue = 0.68 - 0.52 * face.tone + face.warmth
+    skin = torch.stack([0.95 - dark, 0.80 - dark, blue], 1)
+    hair = colour(face.hair_hue, 0.75 - 0.35 * face.hair_value, face.hair_value)
+    shirt = colour(face.shirt_hue, 0.5, face.shirt_value)
 
-    shirt = colour(between(0, 1), zero + 0.5, between(0.25, 0.9))
-    paint(ellipse(across, down, dx, 1.25 + dy, zero + 0.85, zero + 0.5, edge), shirt)
-    crown = ellipse(x, y, zero, zero - 0.12, rx + wide, ry + top, edge)
-    paint(crown, hair)
-    falls = ellipse(x, y, zero, 0.1 + 0.45 * length, rx + wide + 0.05 * length, 0.25 + 0.45 * length, edge)
-    paint(falls * (4 * length - 0.6).clamp(0, 1), hair)
-    paint(ellipse(x, y, zero, zero + 0.62, zero + 0.2, zero + 0.4, edge), 0.82 * skin)  # neck
-    paint(ellipse(x, y, zero, zero, rx, ry, edge), skin * (1 + between(-0.32, 0.32) * x - 0.1 * y)[:, None])  # head
-    hairline = parting * x + 0.5 * x**2 - 1.15 * fringe * ry
-    paint(crown * (0.5 + (hairline - y) / edge).clamp(0, 1), 0.92 * hair)
+    # Shoulders, and the hair behind the head.
+    shoulders = ellipse(across, down, face.shift_x, 1.25 + face.shift_y, 0.85, 0.5, edge)
+    picture = paint(picture, shoulders, shirt)
+    hair_width = face.head_width + face.hair_sides
+    crown = ellipse(x, y, 0, -0.12, hair_width, face.head_height + face.hair_top, edge)
+    picture = paint(picture, crown, hair)
+    fall = 0.45 * face.hair_length
+    falling = ellipse(x, y, 0, 0.1 + fall, hair_width + 0.05 * face.hair_length, 0.25 + fall, edge)
+    falling = falling * (4 * face.hair_length - 0.6).clamp(0, 1)  # short hair does not fall
+    picture = paint(picture, falling, hair)
 
-    gap, eye, lid, hue = between(0.18, 0.22), between(0.095, 0.125), between(0.6, 0.95), between(0.05, 0.62)
-    look, slant, brow = between(-0.03, 0.03), between(-0.3, 0.3), between(0.025, 0.05)
+    # Neck, head, and the hair before the forehead.
+    neck = ellipse(x, y, 0, 0.62, 0.2, 0.4, edge)
+    picture = paint(picture, neck, 0.82 * skin)
+    head = ellipse(x, y, 0, 0, face.head_width, face.head_height, edge)
+    shade = 1 + face.shade * x - 0.1 * y
+    picture = paint(picture, head, skin * shade[:, None])
+    hairline = face.parting * x + 0.5 * x**2 - 1.15 * face.fringe * face.head_height
+    front = crown * (0.5 + (hairline - y) / edge).clamp(0, 1)
+    picture = paint(picture, front, 0.92 * hair)
+
+    # Eyes, and a brow over each.
+    iris_colour = colour(face.eye_hue, 0.55, 0.38)
+    iris_size = 0.62 * face.eye_size
+    cy = torch.tensor(-0.08)  # single precision, as all the rest
     for side in (-1, 1):
-        cx, cy = turn + side * gap, zero - 0.08
-        white = ellipse(x, y, cx, cy, 1.25 * eye, lid * eye, edge)
-        paint(white, torch.full_like(skin, 0.96))
-        paint(white * ellipse(x, y, cx + look, cy, 0.62 * eye, 0.62 * eye, edge), colour(hue, zero + 0.55, zero + 0.38))
-        paint(ellipse(x, y, cx, cy - 0.19 + side * slant * (x - cx), 1.5 * eye, brow, edge), 0.6 * hair)
-    paint(0.55 * ellipse(x, y, 1.35 * turn, zero + 0.1, zero + 0.045, zero + 0.13, edge), 0.72 * skin)  # nose
-    smile, width, lips, red = between(-0.6, 1.2), between(0.14, 0.22), between(0.035, 0.085), between(0, 1)
-    bend = 0.33 + 0.9 * smile * (0.02 - (x - turn) ** 2)
-    rouge = torch.stack([0.55 + 0.3 * red, 0.18 + 0.15 * red, 0.2 + 0.17 * red], 1) * (1 - 0.35 * tone)[:, None]
-    paint(ellipse(x, y - bend, turn, zero, width, lips, edge), rouge)
+        cx = middle + side * face.eye_gap
+        white = ellipse(x, y, cx, cy, 1.25 * face.eye_size, face.eye_opening * face.eye_size, edge)
+        picture = paint(picture, white, 0.96)
+        iris = ellipse(x, y, cx + face.gaze, cy, iris_size, iris_size, edge)
+        picture = paint(picture, white * iris, iris_colour)
+        slope = side * face.brow_slant * (x - cx)
+        brow = ellipse(x, y, cx, cy - 0.19 + slope, 1.5 * face.eye_size, face.brow_height, edge)
+        picture = paint(picture, brow, 0.6 * hair)
+
+    # Nose and mouth.
+    nose = ellipse(x, y, 1.35 * middle, 0.1, 0.045, 0.13, edge)
+    picture = paint(picture, 0.55 * nose, 0.72 * skin)
+    red = face.lip_red
+    lips = torch.stack([0.55 + 0.3 * red, 0.18 + 0.15 * red, 0.2 + 0.17 * red], 1)
+    lips = lips * (1 - 0.35 * face.tone)[:, None]
+    bend = 0.33 + 0.9 * face.smile * (0.02 - (x - middle) ** 2)
+    mouth = ellipse(x, y - bend, middle, 0, face.mouth_width, face.lip_height, edge)
+    picture = paint(picture, mouth, lips)
     return picture.clamp(0, 1)
 
 
-# ═══ 2. Autoencoders ════════════════════════════════════════════════════════════════════════
-# All have encode(pictures (B,3,S,S) in [0,1]) → latents (B,C,h,w), decode(latents) → pictures, and `factor` = S/h.
+# ═══ 2. Autoencoders ══════════════════════════════════════════════════════════════════════
+# All have encode(pictures (B,3,S,S) in [0,1]) → latents (B,C,h,w), decode(latents) → pictures,
+# and `factor` = S/h.
 
 
 class PatchPCA(nn.Module):
@@ -123,46 +203,70 @@ class PatchPCA(nn.Module):
     Before `fit` the components are the pixels themselves: with patches of one pixel, no autoencoder at all.
     """
 
-    def __init__(self, factor=8, channels=32):
+    def __init__(self, factor: int = 8, channels: int = 32):
         super().__init__()
         size = 3 * factor**2
         require(0 < channels <= size, f"patches of {factor} pixels have 1 to {size} components, not {channels}")
-        self.arch, self.factor = dict(name="PatchPCA", factor=factor, channels=channels), factor
+        self.arch = dict(name="PatchPCA", factor=factor, channels=channels)
+        self.factor = factor
+        self.channels = channels
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.eye(size, channels))
 
-    def fit(self, pictures):
+    def fit(self, pictures: Tensor) -> float:
         """Set mean and basis from pictures (N,3,S,S); returns the share of the variance that is kept."""
         patches = scflow.patchify(pictures, self.factor).flatten(0, 1)  # (N·h·w, 3·factor²)
-        values, vectors = torch.linalg.eigh(torch.cov(patches.T))  # ascending
-        self.mean, self.basis = patches.mean(0), vectors.flip(1)[:, : self.basis.shape[1]].contiguous()
-        return (values.flip(0)[: self.basis.shape[1]].sum() / values.sum()).item()
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))  # the largest come last
+        self.mean = patches.mean(0)
+        self.basis = vectors.flip(1)[:, : self.channels].contiguous()
+        kept = values[-self.channels :].sum() / values.sum()
+        return kept.item()
 
-    def encode(self, pictures):
+    def encode(self, pictures: Tensor) -> Tensor:
         """(B,3,S,S) → (B,channels,S/factor,S/factor)."""
-        tokens = (scflow.patchify(pictures, self.factor) - self.mean) @ self.basis
+        patches = scflow.patchify(pictures, self.factor)
+        tokens = (patches - self.mean) @ self.basis
         return rearrange(tokens, "b (h w) c -> b c h w", h=pictures.shape[-2] // self.factor)
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """(B,channels,h,w) → (B,3,h·factor,w·factor)."""
-        tokens = rearrange(latents, "b c h w -> b (h w) c") @ self.basis.T + self.mean
-        return scflow.unpatchify(tokens, self.factor, *(self.factor * n for n in latents.shape[2:])).clamp(0, 1)
+        h, w = latents.shape[2:]
+        tokens = rearrange(latents, "b c h w -> b (h w) c")
+        patches = tokens @ self.basis.T + self.mean
+        pictures = scflow.unpatchify(patches, self.factor, h * self.factor, w * self.factor)
+        return pictures.clamp(0, 1)
+
+
+def conv3(a: int, b: int, **options) -> nn.Conv2d:
+    """A 3×3 convolution from a to b channels that keeps the size."""
+    return nn.Conv2d(a, b, 3, padding=1, **options)
 
 
 class TinyBlock(nn.Module):
     """Three 3×3 convolutions beside the identity; `pool` adds the context of FLUX.2's variant before them."""
 
-    def __init__(self, width, pool=False):
+    def __init__(self, width: int, pool: bool = False):
         super().__init__()
-        layers = [m for _ in range(3) for m in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
-        self.conv, self.pool = nn.Sequential(*layers[:-1]), None
+        self.conv = nn.Sequential(
+            conv3(width, width),
+            nn.ReLU(),
+            conv3(width, width),
+            nn.ReLU(),
+            conv3(width, width),
+        )
+        self.pool = None
         if pool:
-            wide, narrow = (nn.Conv2d(a * width, b * width, 1, bias=False) for a, b in ((1, 4), (4, 1)))
-            self.pool = nn.Sequential(wide, nn.GroupNorm(4, 4 * width), nn.ReLU(), narrow)
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B,width,H,W) → the same shape."""
-        x = x if self.pool is None else x + self.pool(x)
+        if self.pool is not None:
+            x = x + self.pool(x)
         return torch.relu(x + self.conv(x))
 
 
@@ -171,101 +275,180 @@ class TinyAutoencoder(nn.Module):
 
     factor = 8
 
-    def __init__(self, channels=4, pool=False, width=64):
+    def __init__(self, channels: int = 4, pool: bool = False, width: int = 64):
         super().__init__()
         self.arch = dict(name="TinyAutoencoder", channels=channels, pool=pool, width=width)
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-        down, up = [conv(3, width), TinyBlock(width)], [nn.Identity(), conv(channels, width), nn.ReLU()]
+        down = [conv3(3, width), TinyBlock(width)]
+        up = [nn.Identity(), conv3(channels, width), nn.ReLU()]
         for level in range(3):  # pools stand at the lowest resolution
-            down += [conv(width, width, stride=2, bias=False)]
-            down += [TinyBlock(width, pool and level == 2) for _ in range(3)]
-            up += [TinyBlock(width, pool and level == 0) for _ in range(3)]
-            up += [nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
-        self.encoder = nn.Sequential(*down, conv(width, channels))
-        self.decoder = nn.Sequential(*up, TinyBlock(width), conv(width, 3))
+            down.append(conv3(width, width, stride=2, bias=False))
+            for _ in range(3):
+                down.append(TinyBlock(width, pool and level == 2))
+                up.append(TinyBlock(width, pool and level == 0))
+            up.append(nn.Upsample(scale_factor=2))
+            up.append(conv3(width, width, bias=False))
+        self.encoder = nn.Sequential(*down, conv3(width, channels))
+        self.decoder = nn.Sequential(*up, TinyBlock(width), conv3(width, 3))
 
     @classmethod
     def read(cls, prefix):
         """The pair PREFIX_encoder.pth and PREFIX_decoder.pth. Raises ValueError if they are not of the family."""
-        paths = [f"{prefix}_{half}.pth" for half in ("encoder", "decoder")]
+        paths = (f"{prefix}_encoder.pth", f"{prefix}_decoder.pth")
         try:
-            encoder, decoder = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
+            encoder = torch.load(paths[0], map_location="cpu", weights_only=True)
+            decoder = torch.load(paths[1], map_location="cpu", weights_only=True)
             channels, width = encoder["14.weight"].shape[:2]
-            net = cls(channels, any(".pool." in name for name in encoder), width)
+            pool = any(".pool." in name for name in encoder)
+            net = cls(channels, pool, width)
             net.encoder.load_state_dict(encoder)
             net.decoder.load_state_dict(decoder)
         except Exception:  # on foreign bytes the unpickler raises nearly anything
             raise ValueError(f"{' and '.join(paths)} are not both there, or no pair of the TAESD family") from None
         return net
 
-    def encode(self, pictures):
+    def encode(self, pictures: Tensor) -> Tensor:
         """(B,3,S,S) → (B,channels,S/8,S/8)."""
         return self.encoder(pictures)
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """(B,channels,h,w) → (B,3,8h,8w)."""
         return self.decoder(3 * torch.tanh(latents / 3)).clamp(0, 1)
+
+
+# Names of diffusers autoencoders that the user has given. Only these are ever fetched from a hub: a
+# checkpoint names its autoencoder, too, and whoever wrote it would choose what is fetched.
+TRUSTED = set()
 
 
 class Diffusers(nn.Module):
     """An AutoencoderKL or AutoencoderTiny of the diffusers library, by hub name or folder.
 
     Its usual scale (0.18215 for the paper's sd-vae-ft-mse) is left out: latents are normalised by their statistics.
+    Raises ValueError if there is none, or if it would have to be fetched and is not TRUSTED.
     """
 
-    def __init__(self, source):
+    def __init__(self, source: str):
         super().__init__()
+        self.arch = dict(name="Diffusers", source=source)
         try:
             import diffusers
         except ImportError:
-            raise ValueError(f"--autoencoder {source} needs a package: pip install 'diffusers>=0.30'") from None
-        self.arch = dict(name="Diffusers", source=str(source))
+            raise ValueError(f"the autoencoder {source} needs a package: pip install 'diffusers>=0.30'") from None
+        local = source not in TRUSTED
+        kind = diffusers.AutoencoderKL
         try:
-            tiny = "Tiny" in diffusers.AutoencoderKL.load_config(source)["_class_name"]
-            vae = (diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL).from_pretrained(source)
+            config = kind.load_config(source, local_files_only=local)
+            if "Tiny" in config["_class_name"]:
+                kind = diffusers.AutoencoderTiny
+            vae = kind.from_pretrained(source, local_files_only=local)
         except (OSError, RuntimeError, KeyError) as error:
-            raise ValueError(f"no AutoencoderKL or AutoencoderTiny at {source}: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            if local:
+                reason = f"fetch it with --trust-autoencoder {source}, if you trust its authors"
+            raise ValueError(f"no AutoencoderKL or AutoencoderTiny at {source} here: {reason}") from None
         self.vae = [vae.eval().requires_grad_(False)]  # in a list: a checkpoint names the source, and copies nothing
         self.factor = 64 // self.encode(torch.zeros(1, 3, 64, 64)).shape[-1]
 
-    def encode(self, pictures):
+    def encode(self, pictures: Tensor) -> Tensor:
         """(B,3,S,S) → (B,C,h,w), the mode of the posterior."""
-        out = self.vae[0].to(pictures.device).encode(2 * pictures - 1)
-        return out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+        vae = self.vae[0].to(pictures.device)
+        out = vae.encode(2 * pictures - 1)
+        if hasattr(out, "latent_dist"):
+            return out.latent_dist.mode()
+        return out.latents
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) → (B,3,S,S)."""
-        return ((self.vae[0].to(latents.device).decode(latents).sample + 1) / 2).clamp(0, 1)
+        vae = self.vae[0].to(latents.device)
+        pictures = vae.decode(latents).sample
+        return ((pictures + 1) / 2).clamp(0, 1)
 
 
-scflow.NETWORKS |= {c.__name__: c for c in (PatchPCA, TinyAutoencoder, Diffusers)}  # for scflow.load
+# So that scflow.build finds them.
+scflow.NETWORKS.update(PatchPCA=PatchPCA, TinyAutoencoder=TinyAutoencoder, Diffusers=Diffusers)
 
 
-def autoencoder(name, size, channels):
+def autoencoder(name: str, size: int, channels: int) -> nn.Module:
     """The autoencoder that `--autoencoder` names: pca, none, the prefix of a TAESD pair, or a diffusers source."""
-    closed = {"pca": (8, channels), "none": (1, 3)}
-    halves = (Path(f"{name}_{half}.pth").exists() for half in ("encoder", "decoder"))
-    other = TinyAutoencoder.read if any(halves) else Diffusers
-    net = PatchPCA(*closed[name]) if name in closed else other(name)
+    if name == "pca":
+        net = PatchPCA(8, channels)
+    elif name == "none":
+        net = PatchPCA(1, 3)
+    elif os.path.exists(f"{name}_encoder.pth") or os.path.exists(f"{name}_decoder.pth"):
+        net = TinyAutoencoder.read(name)
+    else:
+        TRUSTED.add(name)
+        net = Diffusers(name)
     require(size % net.factor == 0, f"--size {size} must be a multiple of {net.factor} for this autoencoder")
     return net.eval().requires_grad_(False)
 
 
-# ═══ 3. What is compared of pictures ════════════════════════════════════════════════════════
+# ═══ 3. What is compared of pictures ══════════════════════════════════════════════════════
 
 
-def picture_features(pictures):
+def picture_features(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """What is compared of pictures uint8 (B,3,H,W): thumbnails uint8 (B,3,32,32), and textures (B,192).
 
     A texture is the mean and the deviation over the picture of 3×32 random convolutions with a fixed seed.
     """
-    x, weights, texture = pictures.float() / 255, torch.Generator().manual_seed(0), []
-    thumbs, h = (255 * nn.functional.adaptive_avg_pool2d(x, 32)).round().byte(), 2 * x - 1
+    generator = torch.Generator().manual_seed(0)
+    x = pictures.float() / 255
+    thumbs = (255 * F.adaptive_avg_pool2d(x, 32)).round().byte()
+    h = 2 * x - 1
+    textures = []
     for channels, side in ((3, 5), (32, 3), (32, 3)):
-        weight = torch.randn(32, channels, side, side, generator=weights) * math.sqrt(2 / (channels * side**2))
-        h = torch.relu(nn.functional.conv2d(h, weight.to(h), stride=2, padding=side // 2))
-        texture += [h.mean((2, 3)), h.std((2, 3))]
-    return thumbs.cpu(), torch.cat(texture, 1).cpu()
+        weight = torch.randn(32, channels, side, side, generator=generator)
+        weight = weight * math.sqrt(2 / (channels * side**2))
+        h = torch.relu(F.conv2d(h, weight.to(h), stride=2, padding=side // 2))
+        textures += [h.mean((2, 3)), h.std((2, 3))]
+    return thumbs.cpu(), torch.cat(textures, 1).cpu()
+
+
+def features_of(pictures: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
+    """`picture_features` of many pictures (N,3,H,W), in batches."""
+    thumbs = []
+    textures = []
+    for part in pictures.split(batch):
+        thumb, texture = picture_features(part)
+        thumbs.append(thumb)
+        textures.append(texture)
+    return torch.cat(thumbs), torch.cat(textures)
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """‖m−m′‖² + tr(C + C′ − 2(CC′)^½) of Gaussians fitted to features (N,d) and (M,d) (Heusel et al., 2017).
+
+    Raises ValueError for no more rows than dimensions, where the covariances are singular.
+    """
+    few = min(len(x), len(y))
+    require(few > x.shape[1], f"{few} samples are too few for a Fréchet distance in {x.shape[1]} dimensions")
+    x = x.double()
+    y = y.double()
+    cov_x = torch.cov(x.T)
+    cov_y = torch.cov(y.T)
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C^½; then tr (CC′)^½ = tr (C^½ C′ C^½)^½
+    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    return (means + cov_x.trace() + cov_y.trace() - 2 * cross).item()
+
+
+def neighbours(x: Tensor, y: Tensor, k: int = 1, rows: int = 500) -> tuple[Tensor, Tensor]:
+    """Distance (N,) from each row of x (N,d) to its k-th nearest row of y (M,d), and that row's index (N,)."""
+    distances = []
+    indices = []
+    for part in x.split(rows):
+        nearest = torch.cdist(part, y).topk(k, largest=False)
+        distances.append(nearest.values[:, -1])
+        indices.append(nearest.indices[:, -1])
+    return torch.cat(distances), torch.cat(indices)
+
+
+def knn_coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
+    """Share of real rows (N,d) with a fake one (M,d) nearer than their k-th real neighbour (Naeem et al., 2020)."""
+    radius, _ = neighbours(real, real, k + 1)  # the nearest is the row itself
+    distance, _ = neighbours(real, fake)
+    return (distance <= radius).double().mean().item()
 
 
 class PictureMeasure:
@@ -274,105 +457,171 @@ class PictureMeasure:
     "layout" is 64 principal components of (3,000 of) the reference's thumbnails, "texture" as in `picture_features`.
     """
 
-    def __init__(self, thumbs, texture):
-        flat = thumbs.flatten(1).float() / 255
+    def __init__(self, thumbs: Tensor, textures: Tensor):
+        flat = thumbs.flatten(1).float() / 255  # (N,3072)
         self.mean = flat.mean(0)
-        centred = flat[:3000] - self.mean  # (n,3072); the n×n Gram matrix has the same components
-        self.basis = nn.functional.normalize(
-            centred.T @ torch.linalg.eigh(centred @ centred.T)[1][:, -64:], dim=0
-        )  # ascending
-        self.reference = self.spaces(thumbs, texture)
+        some = flat[:3000] - self.mean
+        _, vectors = torch.linalg.eigh(some @ some.T)  # the n×n Gram matrix has the same components; the largest last
+        self.basis = F.normalize(some.T @ vectors[:, -64:], dim=0)  # (3072,64)
+        self.reference = self.spaces(thumbs, textures)
 
-    def spaces(self, thumbs, texture):
+    def spaces(self, thumbs: Tensor, textures: Tensor) -> dict[str, Tensor]:
         """The features (N,64) and (N,192) of other pictures, by the name of the space."""
-        return {"layout": (thumbs.flatten(1).float() / 255 - self.mean) @ self.basis, "texture": texture}
+        flat = thumbs.flatten(1).float() / 255
+        return {"layout": (flat - self.mean) @ self.basis, "texture": textures}
 
-    def __call__(self, thumbs, texture):
+    def __call__(self, thumbs: Tensor, textures: Tensor) -> dict[str, float]:
         """{"layout", "texture": Fréchet distance, "coverage": share of the reference that is covered in layout}."""
-        ours = self.spaces(thumbs, texture)
-        row = {name: scflow.frechet_distance(ours[name], self.reference[name]) for name in ours}
-        return row | {"coverage": scflow.knn_coverage(self.reference["layout"], ours["layout"])}
+        ours = self.spaces(thumbs, textures)
+        return {
+            "layout": frechet_distance(ours["layout"], self.reference["layout"]),
+            "texture": frechet_distance(ours["texture"], self.reference["texture"]),
+            "coverage": knn_coverage(self.reference["layout"], ours["layout"]),
+        }
 
 
-# ═══ 4. Latents ═════════════════════════════════════════════════════════════════════════════
+# ═══ 4. What the commands share: devices, folders, Ctrl-C ═════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Device:
     """Where it is computed."""
 
-    device: str = option("", "cpu, cuda or mps [the best there is]")
+    device: str = ""  # cpu, cuda or mps; without it the best there is
 
     def __post_init__(self):
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        object.__setattr__(self, "device", self.device or best)
-        toy_2d.check_device(self.device)
-        for name, value in vars(self).items():
-            require(type(value) is not int or value > 0 or name == "seed", f"{name} must be positive, not {value}")
-        require(not (getattr(self, "resume", 0) and self.overwrite), "--resume and --overwrite contradict each other")
+        check_choices(self)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and f.name != "seed":
+                require(value > 0, f"{f.name} must be positive, not {value}")
 
 
 @dataclass(frozen=True)
 class Folder(Device):
     """What may already be there."""
 
-    resume: bool = option(False, "go on with an interrupted run (give the same command)")
-    overwrite: bool = option(False, "start afresh in a folder that exists")
-    quiet: bool = option(False, "no progress bar and no estimate")
+    resume: bool = False  # go on with an interrupted run (give the same command)
+    overwrite: bool = False  # start afresh in a folder that exists
+    quiet: bool = False  # no progress bar
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other")
+
+
+def choose_device(name: str) -> str:
+    """The device of that name, or the best there is. Raises ValueError if it is not here."""
+    if name == "":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    toy_2d.check_device(name)
+    return name
+
+
+def open_or_resume(asked, config: dict) -> Path:
+    """The folder `asked.out`: a new one, or with --resume the one there is, whose settings must be the same."""
+    folder = Path(asked.out)
+    file = folder / "config.json"
+    if not asked.resume:
+        new = asked.overwrite or not folder.exists()
+        require(new, f"{folder} exists: give --resume to go on with it, or --overwrite")
+        return toy_2d.open_folder(asked.out, "", asked.overwrite, config)
+    require(file.is_file(), f"nothing to resume: {folder} holds no config.json")
+    before = read_json(file)
+    changed = [name for name in {**before, **config} if before.get(name) != config.get(name)]
+    require(not changed, f"--resume with other settings than {folder} was started with: {', '.join(changed)}")
+    return folder
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C was pressed, and what was done is saved."""
+
+    def __init__(self):
+        super().__init__("stopped: the same command with --resume goes on with what was saved")
+
+
+@contextmanager
+def ctrl_c_waits():
+    """Within this block Ctrl-C breaks nothing off. It only sets the event that the block is given."""
+    pressed = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ═══ 5. Latents ═══════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Encode(Folder):
     """Which pictures become latents, and how."""
 
-    images: str = option("", "folder (searched through) or zip of jpg, png or webp pictures")
-    autoencoder: str = option("pca", "pca, none (pixels), the prefix of a TAESD pair, or a diffusers name or folder")
-    size: int = option(128, "side of the square pictures: cut out of the centre, resized")
-    channels: int = option(32, "principal components of a patch of 8×8 pixels (pca only)")
-    flips: bool = option(False, "encode the mirror image of every picture too")
-    labels: str = option("", "attributes of the pictures, a text file like CelebA's list_attr_celeba.txt")
-    batch: int = option(64, "pictures encoded at a time")
-    out: str = option("latents", "latents folder")
+    images: str = ""  # folder (searched through) or zip of jpg, png or webp pictures
+    autoencoder: str = "pca"  # pca, none (pixels), the prefix of a TAESD pair, or a diffusers name or folder
+    size: int = 128  # side of the square pictures: cut out of the centre, resized
+    channels: int = 32  # principal components of a patch of 8×8 pixels (pca only)
+    flips: bool = False  # encode the mirror image of every picture too
+    labels: str = ""  # attributes of the pictures, a text file like CelebA's list_attr_celeba.txt
+    batch: int = 64  # pictures encoded at a time
+    out: str = "latents"  # latents folder
 
 
 class Pictures:
     """The pictures of a folder or a zip, by name."""
 
+    KINDS = (".jpg", ".jpeg", ".png", ".webp")
+
     def __init__(self, path):
-        self.path, self.zip, kinds = Path(path), None, (".jpg", ".jpeg", ".png", ".webp")
+        self.path = Path(path)
+        self.zip = None
         require(path and self.path.exists(), f"no pictures at {path or 'nowhere'}: give --images a folder or a zip")
         if self.path.is_file():
             try:
                 self.zip = zipfile.ZipFile(path)
             except zipfile.BadZipFile:
                 raise ValueError(f"{path} is neither a folder nor a whole zip") from None
-        every = self.zip.namelist() if self.zip else [str(p.relative_to(path)) for p in self.path.rglob("*")]
-        self.names = sorted(n for n in every if n.lower().endswith(kinds) and not Path(n).name.startswith("."))
-        require(self.names, f"{path} holds no {', '.join(kinds)} pictures")
+            found = self.zip.namelist()
+        else:
+            found = [str(file.relative_to(path)) for file in self.path.rglob("*")]
+        self.names = sorted(name for name in found if self.is_picture(name))
+        require(self.names, f"{path} holds no {', '.join(self.KINDS)} pictures")
 
-    def read(self, name, size):
+    def is_picture(self, name: str) -> bool:
+        """By its ending. Hidden files are none."""
+        return name.lower().endswith(self.KINDS) and not Path(name).name.startswith(".")
+
+    def read(self, name: str, size: int):
         """uint8 (3,size,size): the central square, antialiased; or a string that says why there is none."""
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(self.zip.open(name) if self.zip else self.path / name) as image:
+            file = self.zip.open(name) if self.zip else self.path / name
+            with Image.open(file) as image:
                 image = ImageOps.exif_transpose(image).convert("RGB")  # as the camera was held
         except Exception as error:  # broken files raise nearly anything
             return f"cannot be read ({type(error).__name__})"
         side = min(image.size)
         if side < size:
             return f"too small ({image.width}×{image.height})"
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        left = (image.width - side) / 2
+        top = (image.height - side) / 2
+        square = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.LANCZOS, square)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def read_all(self, names, size):
+    def read_all(self, names: list[str], size: int) -> list:
         """Several pictures, decoded by a few threads."""
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(partial(self.read, size=size), names))
 
 
-def read_labels(path):
+def read_labels(path) -> tuple[list[str], dict[str, list[int]]]:
     """The names of the attributes and {file name: tokens}, 1 for no and 2 for yes, of a list in CelebA's format.
 
     It has the number of pictures in its first line, the names in its second, and then a file name and a −1 or 1 for
@@ -380,407 +629,676 @@ def read_labels(path):
     """
     require(os.path.isfile(path), f"no list of labels at {path}")
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    names, tokens = lines[1].split() if len(lines) > 2 else [], {"-1": 1, "1": 2}
-    require(names and lines[0].strip().isdecimal(), f"{path} does not begin with a number and a line of names")
+    begins = len(lines) > 2 and lines[0].strip().isdecimal() and lines[1].split()
+    require(begins, f"{path} does not begin with a number and a line of names")
+    names = lines[1].split()
+    tokens = {"-1": 1, "1": 2}
     labels = {}
     for i, line in enumerate(lines[2:], 3):
-        name, *values = line.split() or [""]
-        require(len(values) == len(names) or not name, f"{path}, line {i}: {len(values)} values for {len(names)} names")
+        if not line.strip():
+            continue
+        file, *values = line.split()
+        require(len(values) == len(names), f"{path}, line {i}: {len(values)} values for {len(names)} names")
         require(all(v in tokens for v in values), f"{path}, line {i}: a label is -1 or 1, and nothing else")
-        labels |= {name: [tokens[v] for v in values]} if name else {}
+        labels[file] = [tokens[v] for v in values]
     require(len(labels) == int(lines[0]), f"{path} announces {int(lines[0])} pictures, and lists {len(labels)}")
     return names, labels
 
 
-def encode_command(argv):
+def encode_command(argv) -> None:
     """Turn pictures into a latents folder."""
-    asked = Encode(**cli(argv, encode_command.__doc__, Encode)[0])
-    pictures, net = Pictures(asked.images), autoencoder(asked.autoencoder, asked.size, asked.channels)
-    fixed = {k: getattr(asked, k) for k in ("images", "autoencoder", "size", "channels", "flips")}
+    (given,) = cli(argv, encode_command.__doc__, Encode())
+    asked = Encode(**given)
+    pictures = Pictures(asked.images)
+    net = autoencoder(asked.autoencoder, asked.size, asked.channels)
+    fixed = ("images", "autoencoder", "size", "channels", "flips", "labels")
+    config = {name: getattr(asked, name) for name in fixed}
+    labels = None
     if asked.labels:
-        fixed["labels"], (_, labels) = asked.labels, read_labels(asked.labels)
-        lost = next((name for name in pictures.names if Path(name).name not in labels), "")
-        require(not lost, f"{asked.labels} has no line for {lost}")
-    folder = open_folder(asked.out, "latents", asked.resume, asked.overwrite, fixed)
-    meta = write_latents(folder, net, pictures.names, partial(pictures.read_all, size=asked.size), asked)
-    count, skipped = len(meta["sources"]), "".join(f"\n  {name}: {reason}" for name, reason in meta["skipped"])
-    print(f"{folder}: {count} pictures as latents {tuple(meta['shape'])}, {len(meta['skipped'])} skipped{skipped}")
+        labels = read_labels(asked.labels)
+        _, tokens = labels
+        for name in pictures.names:
+            require(Path(name).name in tokens, f"{asked.labels} has no line for {name}")
+    folder = open_or_resume(asked, config)
+    read = partial(pictures.read_all, size=asked.size)
+    meta = write_latents(folder, net, pictures.names, read, asked, labels)
+    count = len(meta["sources"])
+    print(f"{folder}: {count} pictures as latents {tuple(meta['shape'])}, {len(meta['skipped'])} skipped")
+    for name, reason in meta["skipped"]:
+        print(f"  {name}: {reason}")
+
+
+def arrays_of(meta: dict, count: int) -> dict[str, tuple]:
+    """{name: (type, shape)} of the arrays in a latents folder of so many pictures."""
+    return {
+        "latents": (np.float16, (meta["copies"] * count, *meta["shape"])),
+        "thumbs": (np.uint8, (count, 3, 32, 32)),
+        "textures": (np.float32, (count, 192)),
+    }
 
 
 @torch.no_grad()  # nothing is trained here
-def write_latents(folder, net, names, read, asked):
-    """Encode the pictures `read(names) -> [uint8 (3,S,S) or reason]` from where meta.pt ends; returns its content."""
-    path, copies, size = folder / "meta.pt", 1 + asked.flips, asked.size
-    meta = dict(size=size, flips=asked.flips, done=0, sources=[], skipped=[], complete=False)
+def write_latents(folder: Path, net, names: list[str], read, asked: Encode, labels=None) -> dict:
+    """Encode pictures from where meta.pt ends; returns the content of the finished meta.pt.
+
+    read    callable (names) → [uint8 (3,S,S), or the reason why there is none].
+    labels  what `read_labels` returns, or None.
+    Raises ValueError for too few good pictures, and for an autoencoder whose values are not finite or constant.
+    """
+    path = folder / "meta.pt"
+    device = choose_device(asked.device)
     if path.exists():
-        content, net = scflow.read(path), scflow.load(path)
-        meta = {k: content[k] for k in (*meta, *(("mean", "std") if content["complete"] else ()))}
-    elif isinstance(net, PatchPCA) and net.factor > 1:
-        some = [x for x in read(names[:: max(1, len(names) // 4096)]) if not isinstance(x, str)]
-        require(some, f"none of the pictures can be used; the first {read(names[:1])[0]}")
-        kept = net.fit(torch.stack(some).float() / 255)
-        print(f"{net.basis.shape[1]} components of a patch keep {kept:.1%} of the variance")
-    net.to(asked.device, memory_format=torch.channels_last)  # convolutions are a quarter faster so, on a CPU too
-    meta["shape"] = list(net.encode(torch.zeros(1, 3, size, size, device=asked.device)).shape[1:])
-    file, mode = np.lib.format.open_memmap, "r+" if meta["done"] else "w+"
-    arrays = [file(folder / f"{k}.npy", mode, kind, (n * len(names), *row)) for k, kind, n, row in layout(meta)]
-    with tqdm(total=len(names), initial=meta["done"], desc="encode", unit="picture", disable=asked.quiet) as bar:
-        while meta["done"] < len(names):
-            chunk, start = names[meta["done"] : meta["done"] + asked.batch], len(meta["sources"])
-            found = list(zip(chunk, read(chunk)))
-            good = {name: x for name, x in found if not isinstance(x, str)}
-            if good:
-                x, end = torch.stack(list(good.values())).to(asked.device), start + len(good)
-                both = torch.stack([x, x.flip(3)][:copies], 1).flatten(0, 1)  # (copies·n,3,S,S): each beside its mirror
-                z = net.encode(both.float() / 255).cpu()
-                require(z.isfinite().all(), f"the autoencoder gives values that are not finite near {next(iter(good))}")
-                for array, part, n in zip(arrays, (z, *picture_features(x)), (copies, 1, 1)):
-                    array[n * start : n * end] = part.numpy()
-                    array.flush()  # on the disk before meta.pt counts it
-            meta["sources"] += list(good)
-            meta["skipped"] += [(name, x) for name, x in found if isinstance(x, str)]
-            meta["done"] += len(chunk)
+        meta = scflow.read(path)
+        if meta["complete"]:
+            return meta
+        net = scflow.load(path)
+        for key in ("format", "arch", "weights"):
+            del meta[key]  # scflow.save writes them
+    else:
+        meta = {"size": asked.size, "copies": 2 if asked.flips else 1, "complete": False}
+        meta.update(done=0, sources=[], skipped=[])
+        if isinstance(net, PatchPCA) and net.factor > 1:
+            fit_components(net, names, read)
+    net.to(device, memory_format=torch.channels_last)  # convolutions are a quarter faster so, on a CPU too
+    blank = torch.zeros(1, 3, asked.size, asked.size, device=device)
+    meta["shape"] = list(net.encode(blank).shape[1:])
+
+    mode = "r+" if meta["done"] else "w+"
+    arrays = {}
+    for name, (kind, shape) in arrays_of(meta, len(names)).items():
+        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode, kind, shape)
+    done = meta["done"]
+    bar = tqdm(total=len(names), initial=done, desc="encode", unit="picture", disable=asked.quiet)
+    with ctrl_c_waits() as pressed, bar:
+        for start in range(done, len(names), asked.batch):
+            chunk = names[start : start + asked.batch]
+            encode_chunk(net, chunk, read(chunk), meta, arrays, device)
             bar.update(len(chunk))
-            if meta["done"] % (16 * asked.batch) < asked.batch:  # not every time: a long list of sources takes a while
+            every = 16 * asked.batch  # not every time: a long list of sources takes a while
+            if pressed.is_set() or meta["done"] % every == 0:
                 scflow.save(path, net, **meta)
-    count, first = len(meta["sources"]), "".join(f"; {name}: {reason}" for name, reason in meta["skipped"][:1])
-    require(count >= 20, f"only {count} of {len(names)} pictures can be used, and 20 are needed{first}")
-    rows = torch.from_numpy(arrays[0][: copies * count])
-    sums = [[(part.double() ** power).sum((0, 2, 3)) for power in (1, 2)] for part in rows.split(1024)]
-    mean, square = (sum(terms) / rows[:, 0].numel() for terms in zip(*sums))  # per channel
-    std = (square - mean**2).clamp(min=0).sqrt()
-    require((std > 1e-6).all(), "a channel of the latents is constant: use fewer --channels, or other pictures")
-    meta |= dict(mean=mean.float()[:, None, None], std=std.float()[:, None, None], complete=True)
-    if asked.labels:
-        meta["attributes"], labels = read_labels(asked.labels)
-        meta["labels"] = torch.tensor([labels[Path(name).name] for name in meta["sources"]], dtype=torch.uint8)
+            if pressed.is_set():
+                raise Stopped
+
+    count = len(meta["sources"])
+    reason = ""
+    if meta["skipped"]:
+        reason = "; " + ": ".join(meta["skipped"][0])
+    require(count >= 20, f"only {count} of {len(names)} pictures can be used, and 20 are needed{reason}")
+    meta["mean"], meta["std"] = channel_statistics(arrays["latents"][: meta["copies"] * count])
+    meta["attributes"] = []
+    if labels:
+        meta["attributes"], tokens = labels
+        rows = [tokens[Path(name).name] for name in meta["sources"]]
+        meta["labels"] = torch.tensor(rows, dtype=torch.uint8)  # (N,L)
+    meta["complete"] = True
     scflow.save(path, net, **meta)
     return meta
 
 
-def layout(meta):
-    """The arrays of a latents folder: name, type, rows per picture, shape of a row."""
-    rows = ("thumbs", np.uint8, 1, (3, 32, 32)), ("textures", np.float32, 1, (192,))
-    return [("latents", np.float16, 1 + meta["flips"], tuple(meta["shape"])), *rows]
+def fit_components(net: PatchPCA, names: list[str], read) -> None:
+    """Fit the components to about 4,096 of the pictures. Raises ValueError if none can be used."""
+    found = read(names[:: max(1, len(names) // 4096)])
+    good = [picture for picture in found if not isinstance(picture, str)]
+    require(good, f"none of the pictures can be used; the first {found[0]}")
+    kept = net.fit(torch.stack(good).float() / 255)
+    print(f"{net.channels} components of a patch keep {kept:.1%} of the variance")
+
+
+def encode_chunk(net, names, found, meta, arrays, device) -> None:
+    """Encode pictures `found`, uint8 (3,S,S) each or a reason why there is none, into the next rows of the arrays."""
+    good = []
+    for name, picture in zip(names, found):
+        if isinstance(picture, str):
+            meta["skipped"].append((name, picture))
+        else:
+            good.append(picture)
+            meta["sources"].append(name)
+    meta["done"] += len(names)
+    if not good:
+        return
+    x = torch.stack(good).to(device)
+    both = torch.stack([x, x.flip(3)], 1)[:, : meta["copies"]]  # each beside its mirror image
+    z = net.encode(both.flatten(0, 1).float() / 255).cpu()  # (copies·n,C,h,w)
+    end = len(meta["sources"])
+    start = end - len(good)
+    require(z.isfinite().all(), f"the autoencoder gives values that are not finite near {meta['sources'][start]}")
+    thumbs, textures = picture_features(x)
+    arrays["latents"][meta["copies"] * start : meta["copies"] * end] = z.numpy()
+    arrays["thumbs"][start:end] = thumbs.numpy()
+    arrays["textures"][start:end] = textures.numpy()
+    for array in arrays.values():
+        array.flush()  # on the disk before meta.pt counts it
+
+
+def channel_statistics(latents: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,1,1) of the channels of latents (N,C,h,w), added up in double precision."""
+    total = 0
+    squares = 0
+    for part in torch.from_numpy(latents).split(1024):
+        part = part.double()
+        total += part.sum((0, 2, 3))
+        squares += part.square().sum((0, 2, 3))
+    n = latents[:, 0].size
+    mean = total / n
+    std = (squares / n - mean**2).clamp(min=0).sqrt()
+    require((std > 1e-6).all(), "a channel of the latents is constant: use fewer --channels, or other pictures")
+    return mean.float()[:, None, None], std.float()[:, None, None]
 
 
 class Codec:
     """What turns normalised latents back into pictures, as kept in checkpoints: an autoencoder and the statistics."""
 
-    def __init__(self, content, device="cpu"):
-        self.content = {k: content[k] for k in ("arch", "weights", "mean", "std", "size")}
-        self.device, self.mean, self.std = device, content["mean"].to(device), content["std"].to(device)
+    def __init__(self, content: dict, device: str = "cpu"):
+        self.content = {key: content[key] for key in ("arch", "weights", "mean", "std", "size")}
+        self.device = device
+        self.mean = content["mean"].to(device)
+        self.std = content["std"].to(device)
         self.net = scflow.build(content["arch"])
         self.net.load_state_dict(content["weights"])
         self.net.to(device).eval().requires_grad_(False)
-        numbers = (content["mean"], content["std"], *content["weights"].values())
-        parts = [repr(content["arch"]).encode(), *(part.cpu().numpy().tobytes() for part in numbers)]
-        self.hash = hashlib.sha256(b"".join(parts)).hexdigest()[:16]  # codecs with the same one decode alike
 
     @torch.no_grad()  # nothing is trained here
-    def decode(self, latents, batch=128):
+    def decode(self, latents: Tensor, batch: int = 128) -> Tensor:
         """Normalised latents (N,C,h,w) → uint8 pictures (N,3,S,S) on the CPU, in batches."""
-        parts = (self.net.decode(z.to(self.device) * self.std + self.mean) for z in latents.split(batch))
-        return torch.cat([(255 * x).round().byte().cpu() for x in parts])
+        parts = []
+        for z in latents.split(batch):
+            pictures = self.net.decode(z.to(self.device) * self.std + self.mean)
+            parts.append((255 * pictures).round().byte().cpu())
+        return torch.cat(parts)
+
+
+def codec_hash(content: dict) -> str:
+    """Codecs with the same one decode alike. It is made of the content alone: nothing is built, or fetched."""
+    digest = hashlib.sha256(repr(content["arch"]).encode())
+    for numbers in (content["mean"], content["std"], *content["weights"].values()):
+        digest.update(numbers.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Latents:
-    """A finished latents folder; a fixed tenth of its pictures is held out, and never trained on."""
+    """A finished latents folder. A fixed tenth of its pictures is held out, and never trained on."""
 
     def __init__(self, folder):
-        self.folder, path = folder, Path(folder, "meta.pt")
+        path = Path(folder, "meta.pt")
         require(path.is_file(), f"{folder or 'no --latents'} is not a latents folder (it holds no meta.pt): run encode")
-        self.meta = meta = scflow.read(path)
+        meta = scflow.read(path)
         require(meta.get("complete"), f"{folder} is unfinished: give the same encode command with --resume")
-        self.shape, self.copies, self.arrays, count = tuple(meta["shape"]), 1 + meta["flips"], {}, len(meta["sources"])
-        for name, kind, n, shape in layout(meta):
-            file = Path(folder, f"{name}.npy")
-            try:
-                self.arrays[name] = array = np.lib.format.open_memmap(file, mode="r")
-            except (OSError, ValueError, EOFError):
-                raise ValueError(f"{file} is missing or damaged: run encode again") from None
-            fits = array.dtype == kind and array.shape[1:] == shape and len(array) >= n * count
-            require(fits, f"{file} holds {array.dtype} {array.shape}, not {(n * count, *shape)}: run encode again")
-        self.attributes, self.labels = meta.get("attributes", []), meta.get("labels")  # (N,L)
+        count = len(meta["sources"])
+        self.folder = folder
+        self.meta = meta
+        self.shape = tuple(meta["shape"])
+        self.copies = meta["copies"]
+        self.attributes = meta["attributes"]
+        self.labels = meta.get("labels")  # (N,L)
         self.tokens = (len(self.attributes), 2) if self.attributes else None
+        self.arrays = {}
+        for name, (kind, shape) in arrays_of(meta, count).items():
+            self.arrays[name] = read_array(Path(folder, f"{name}.npy"), kind, shape)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        self.held_out, self.train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
+        tenth = count // 10
+        self.held_out = order[:tenth].sort().values
+        self.train = order[tenth:].sort().values
 
-    def normalised(self, which, device="cpu", mirrored=False):
+    def normalised(self, which: Tensor, device: str = "cpu", mirrored: bool = False) -> Tensor:
         """The latents of the pictures `which` (N,) as float32 (N,C,h,w); `mirrored`: their mirror images too."""
-        rows = (self.copies * which[:, None] + torch.arange(self.copies if mirrored else 1)).flatten()
+        rows = self.copies * which
+        if mirrored:
+            rows = (rows[:, None] + torch.arange(self.copies)).flatten()
         z = torch.from_numpy(self.arrays["latents"][rows.numpy()]).to(device).float()
         require(z.isfinite().all(), f"{self.folder}/latents.npy holds values that are not finite: run encode again")
         return (z - self.meta["mean"].to(device)) / self.meta["std"].to(device)
 
-    def cond(self, which):
+    def cond(self, which: Tensor) -> Tensor | None:
         """The attributes (N,L) of the pictures `which` (N,), or None."""
         return self.labels[which].long() if self.attributes else None
 
-    def batch(self, device):
+    def batch(self, device: str):
         """`batch(n, generator)` over the training latents, which live on the device: no loader."""
         self.normalised(self.held_out)  # a bad value is found now, and not when the first sheet is drawn
         z = self.normalised(self.train, device, mirrored=True)
         std = z.std().item()
         require(0.8 < std < 1.25, f"the normalised latents have a deviation of {std:.2f}, not 1: run encode again")
-        labels = self.cond(self.train).to(device) if self.attributes else None
+        labels = self.cond(self.train)
+        if labels is not None:
+            labels = labels.to(device)
 
         def batch(n, generator):
-            rows = torch.randint(len(z), (n,), generator=generator, device=z.device)
+            rows = torch.randint(len(z), (n,), generator=generator, device=device)
             if labels is None:
                 return z[rows], None
             # Each row knows a random share of its attributes: whoever samples may then name a few, and leave the rest.
-            told, cond = torch.rand(n, 1, generator=generator, device=z.device), labels[rows // self.copies]
-            return z[rows], cond * (torch.rand(cond.shape, generator=generator, device=z.device) < told)
+            share = torch.rand(n, 1, generator=generator, device=device)
+            cond = labels[rows // self.copies]  # (n,L)
+            known = torch.rand(cond.shape, generator=generator, device=device) < share
+            return z[rows], cond * known
 
         return batch
 
-    def require_codec(self, codec, owner):
+    def require_codec(self, content: dict, owner) -> None:
         """Raise ValueError unless these latents have the autoencoder and the statistics of a checkpoint."""
-        same = Codec(self.meta).hash == codec.hash
+        same = codec_hash(self.meta) == codec_hash(content)
         require(same, f"{self.folder} was made by another autoencoder, or of other pictures, than {owner} learned from")
 
-    def originals(self, which):
+    def require_attributes(self, names: list[str], owner) -> None:
+        """Raise ValueError unless these latents have the attributes of a checkpoint."""
+        require(names == self.attributes, f"{self.folder} has other attributes than {owner} learned from")
+
+    def originals(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """The `picture_features` of the original pictures."""
-        return tuple(torch.from_numpy(self.arrays[name][which.numpy()]) for name in ("thumbs", "textures"))
+        rows = which.numpy()
+        thumbs = torch.from_numpy(self.arrays["thumbs"][rows])
+        textures = torch.from_numpy(self.arrays["textures"][rows])
+        return thumbs, textures
 
 
-# ═══ 5. Settings and speed ══════════════════════════════════════════════════════════════════
+def read_array(path: Path, kind, shape: tuple) -> np.ndarray:
+    """The array of a file, which stays on the disk. Raises ValueError unless it holds at least `shape`."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError):
+        raise ValueError(f"{path} is missing or damaged: run encode again") from None
+    long_enough = len(array) >= shape[0]
+    fits = array.dtype == kind and array.shape[1:] == shape[1:]
+    require(fits and long_enough, f"{path} holds {array.dtype} {array.shape}, not {shape}: run encode again")
+    return array
 
-# Networks by size, and how long a teacher of that size is trained; 2.9, 33 and 130 million parameters.
+
+# ═══ 6. Training: sizes, schedules, speed, and a run that can be resumed ══════════════════
+
+# Networks by size, of 2.9, 33 and 130 million parameters, and how a teacher of that size is trained.
 SIZES = {
-    "small": (dict(dim=192, depth=4, heads=4), dict(teacher_steps=10000, teacher_batch=64, teacher_lr=1e-3)),
-    "S": (dict(dim=384, depth=12, heads=6), dict(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4)),
-    "B": (dict(dim=768, depth=12, heads=12), dict(teacher_steps=40000, teacher_batch=256, teacher_lr=2e-4)),
+    "small": dict(dim=192, depth=4, heads=4),
+    "S": dict(dim=384, depth=12, heads=6),
+    "B": dict(dim=768, depth=12, heads=12),
+}
+TEACHERS = {
+    "small": TeacherSettings(teacher_steps=10000, teacher_batch=64, teacher_lr=1e-3),
+    "S": TeacherSettings(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
+    "B": TeacherSettings(teacher_steps=40000, teacher_batch=256, teacher_lr=2e-4),
 }
 
 # The reference's settings for CelebA-HQ 256: a batch of 32 a GPU, 200 epochs of 27,000 pictures.
-PAPER = Phase(168750, 32, 2e-5, 1e-4, warmup_self=1000, warmup_bi=1000, adversarial="softplus", r1=1.0)
-# This project's schedule, distil first, straighten last (see scflow.SCHEDULES), with settings found on drawn faces.
-FIRST, LAST = scflow.SCHEDULES["two_phase"]
-FIRST = replace(FIRST, steps=8000, batch=32, lr=1e-3, lr_disc=2e-4, delta=0.15, lambda_adv=0.01, at_one=0.0)
-LAST = replace(LAST, steps=2000, batch=64, lr=5e-4, lr_disc=2e-4, lambda_adv=0.01, at_one=0.25)
+PAPER = Phase(
+    steps=168750,
+    batch=32,
+    lr=2e-5,
+    lr_critic=1e-4,
+    lambda_adv=0.1,
+    lambda_self=0.1,
+    lambda_bi=0.1,
+    warmup=1000,
+    delta=0.1,
+    walk="euler",
+    tau=0.4,
+    adversarial="softplus",
+    r1=1.0,
+)
+# This project's schedule: distil first, straighten last (see scflow.SCHEDULES). Found on drawn faces.
+FIRST = Phase(
+    steps=8000,
+    batch=32,
+    lr=1e-3,
+    lr_critic=2e-4,
+    lambda_adv=0.01,
+    lambda_self=0.0,
+    lambda_bi=0.0,
+    delta=0.15,
+    walk="euler",
+    tau=0.0,
+    pinned=0.0,
+    judged=1.0,
+)
+LAST = Phase(
+    steps=2000,
+    batch=64,
+    lr=5e-4,
+    lr_critic=2e-4,
+    lambda_consistency=0.0,
+    lambda_adv=0.01,
+    lambda_self=1.0,
+    lambda_bi=0.0,
+    self_source="frozen",
+    self_form="velocity",
+    pinned=0.25,
+    judged=0.25,
+)
 SCHEDULES = {"paper": (PAPER,), "two_phase": (FIRST, LAST)}
 
 
 @dataclass(frozen=True)
-class Run(Folder):
-    """What is trained, how fast, and where it goes."""
+class Train(Folder):
+    """How it is trained, and where it goes."""
 
-    latents: str = option("", "latents folder (distill takes the teacher's)")
-    out: str = option("runs/faces", "run folder")
-    size: str = option("small", "network of the teacher, and so of the student", choices=tuple(SIZES))
-    patch: int = option(2, "side of the DiT's patches, in latents")
-    preset: str = option("two_phase", "schedule of the student's losses", choices=tuple(SCHEDULES))
-    seed: int = option(0, "seed of weights, data and noise")
-    precision: str = option("auto", "of the networks' passes; auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
-    compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "yes", "no"))
-    save_every: int = option(500, "updates between checkpoints")
-    sheet_every: int = option(2000, "updates between sheets of samples")
-
-    def place(self, net):
-        """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32."""
-        cuda = self.device.startswith("cuda")
-        torch.set_float32_matmul_precision("high" if cuda else "highest")  # on CUDA, TF32 for what is left in float32
-        if self.precision == "bf16" or (self.precision == "auto" and cuda):
-            net.precision = torch.bfloat16
-        convolutional = cuda and isinstance(net, scflow.LatentDiscriminator)
-        return net.to(self.device, memory_format=torch.channels_last if convolutional else torch.preserve_format)
-
-    def compiled(self, net):
-        """Compile the network in place, if asked to: its weights keep their names."""
-        if self.compile == "yes" or (self.compile == "auto" and self.device.startswith("cuda")):
-            # A graph for every batch size, with and without gradients: more than the 8 after which it gives up.
-            torch._dynamo.config.cache_size_limit = 64
-            for part in getattr(net, "blocks", [net]):  # the blocks of a DiT share theirs: a twelfth of the wait
-                part.compile(dynamic=False)
-
-
-class Log:
-    """The past of a run: every tenth update's losses and speed, and sheets of samples on the way.
-
-    plan  (updates, rows of a batch, FLOPs per row) of each phase.
-    nets  one for each set of numbers that is kept, averages and moments too.
-    draw  called with the State now and then.
-    """
-
-    def __init__(self, run, rows, plan, nets, draw):
-        self.rows, self.frames, self.run, self.plan, self.draw, self.clock = rows, [], run, plan, draw, None
-        self.rate = toy_2d.matmul_rate(run.device)
-        minutes = sum(math.prod(part) for part in plan) / (0.4 * self.rate) / 60
-        gb = 4e-9 * sum(p.numel() for net in nets for p in net.parameters())
-        how = f"about {minutes:.2g} minutes, if 40% of this device's {self.rate / 1e12:.2g} TFLOP/s are reached"
-        what = f"{gb:.2g} GB on disk, and in memory without activations (lower the batch if they do not fit)"
-        if not run.quiet:
-            print(f"{' + '.join(str(part[0]) for part in plan)} updates: {how}; {what}")
-
-    def note(self, stage, state, total):
-        """Record a State of the teacher or the student."""
-        if state.step % 10 == 1:
-            now, speed = time.perf_counter(), {}
-            _, batch, flops = self.plan[np.searchsorted(np.cumsum([part[0] for part in self.plan]), state.step - 1)]
-            if self.clock:
-                images = batch * (state.step - self.clock[1]) / (now - self.clock[0])
-                speed = dict(images_per_s=round(images, 1), mfu=round(images * flops / self.rate, 4))
-            if self.run.device.startswith("cuda"):
-                speed["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-            self.rows.append({"stage": stage, "step": state.step, **state.losses, **speed})
-            self.clock = (now, state.step)
-        if state.step % self.run.sheet_every == 0 or state.step == total:
-            self.draw(state)
-            self.clock = None  # drawing is not training
-
-
-# ═══ 6. Teacher and student ═════════════════════════════════════════════════════════════════
-
-
-def generate(net, noise, steps, codec, solver="euler", batch=250, cond=None):
-    """Noise (N,C,h,w) → pictures uint8 (N,3,S,S) on the CPU, in batches on the codec's device."""
-    parts = noise.split(batch)
-    conds = [None] * len(parts) if cond is None else cond.to(codec.device).split(batch)
-    made = (scflow.sample(net, x.to(codec.device), steps, solver, c) for x, c in zip(parts, conds))
-    return torch.cat([codec.decode(z) for z in made])
-
-
-def draw_sheet(path, columns):
-    """A PNG whose columns {title: uint8 (n,3,S,S)} show the same noise in every row."""
-    from matplotlib.figure import Figure  # no window is opened
-
-    across, down = len(columns), len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.3 * across, 0.35 + down * 1.3 * across / (1.05 * across - 0.05)), layout="none")
-    for ax, (title, pictures) in zip(figure.subplots(1, across, squeeze=False)[0], columns.items()):
-        ax.imshow(rearrange(pictures, "n c h w -> (n h) w c").numpy(), interpolation="nearest")
-        ax.set_title(title, fontsize=11)
-        ax.axis("off")
-    figure.subplots_adjust(0, 0, 1, 1 - 0.35 / figure.get_figheight(), wspace=0.05)
-    figure.savefig(path)
-
-
-def compare(path, data, codec, **nets):
-    """A sheet of held-out pictures and of samples, network=(net, numbers of steps), all of one noise.
-
-    Where there are attributes, those of the samples are those of the held-out pictures.
-    """
-    noise, cond = torch.randn(8, *data.shape, generator=torch.Generator().manual_seed(1)), data.cond(data.held_out[:8])
-    columns = {"held out": codec.decode(data.normalised(data.held_out[:8]))}
-    for name, (net, counts) in nets.items():
-        columns |= {f"{name} {n}": generate(net, noise[: len(data.held_out)], n, codec, cond=cond) for n in counts}
-    draw_sheet(path, columns)
-
-
-def teacher_command(argv):
-    """Train the rectified-flow teacher on a latents folder."""
-    given, trained = cli(argv, teacher_command.__doc__, Run, TeacherSettings)
-    run = Run(**given)
-    dims, defaults = SIZES[run.size]
-    settings, data = TeacherSettings(**{**defaults, **trained}), Latents(run.latents)
-    codec, total = Codec(data.meta, run.device), settings.teacher_steps
-    torch.manual_seed(run.seed)  # initial weights
-    net, batch = run.place(scflow.DiT(data.shape, run.patch, **dims, tokens=data.tokens)), data.batch(run.device)
-    config = dict(latents=run.latents, codec=codec.hash, size=run.size, patch=run.patch, seed=run.seed)
-    config |= {k: v for k, v in asdict(settings).items() if data.attributes or k != "teacher_drop"}
-    folder = open_folder(run.out, "faces", run.resume, run.overwrite, config)
-
-    def draw(state):
-        compare(folder / "teacher.png", data, codec, teacher=(state.ema, (1, 50)))
-
-    log = Log(run, [], [(total, settings.teacher_batch, 3 * net.flops())], 4 * [net], draw)  # its average, two moments
-    run.compiled(net)
-    generator = torch.Generator(run.device).manual_seed(run.seed)
-    start = partial(scflow.train_teacher, net, batch, generator, settings, None)
-    toy_2d.stage("teacher", run, folder, log, net, start, total, codec=codec.content, attributes=data.attributes)
-    print(f"{folder}/teacher.pt and teacher.png; next: python celeba_latent.py distill --out {folder}")
+    latents: str = ""  # latents folder (distill takes the teacher's)
+    out: str = "runs/faces"  # run folder
+    seed: int = 0  # seed of weights, data and noise
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the networks' passes; auto: bf16 on CUDA
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
+    save_every: int = 500  # updates between checkpoints
+    sheet_every: int = 2000  # updates between sheets of samples
+    trust_autoencoder: str = ""  # name of a diffusers autoencoder that may be fetched from a hub
 
 
 @dataclass(frozen=True)
-class Distill(Run):
-    """What is distilled, how fast, and where it goes."""
+class Teach(Train):
+    """Which teacher is trained, and where it goes."""
 
-    guidance: float = option(1.0, "guidance scale of a teacher of labelled pictures; the student needs none")
+    size: Literal["small", "S", "B"] = "small"  # network of the teacher, and so of the student
+    patch: int = 2  # side of the DiT's patches, in latents
 
 
-def distill_command(argv):
-    """Distil the teacher of a run folder into a student that needs one step."""
-    given, changed = cli(argv, distill_command.__doc__, Distill, Phase)
-    run = Distill(**given)
-    schedule, folder = toy_2d.revise(SCHEDULES[run.preset], changed), Path(run.out)
-    path, student = folder / "teacher.pt", folder / "student.pt"
+@dataclass(frozen=True)
+class Distill(Train):
+    """What is distilled, and where it goes."""
+
+    preset: Literal["two_phase", "paper"] = "two_phase"  # schedule of the student's losses
+    guidance: float = 1.0  # guidance scale of a teacher of labelled pictures; the student needs none
+
+
+def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
+    """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32."""
+    cuda = device.startswith("cuda")
+    torch.set_float32_matmul_precision("high" if cuda else "highest")  # on CUDA, TF32 for what is left in float32
+    if precision == "bf16" or (precision == "auto" and cuda):
+        net.precision = torch.bfloat16
+    if cuda and isinstance(net, scflow.LatentCritic):
+        return net.to(device, memory_format=torch.channels_last)
+    return net.to(device)
+
+
+def wants_compile(asked: Train, device: str) -> bool:
+    """Whether the networks are to be compiled."""
+    return asked.compile == "yes" or (asked.compile == "auto" and device.startswith("cuda"))
+
+
+def compile_in_place(net: nn.Module) -> None:
+    """Compile a network. Its weights keep their names."""
+    # A graph for every batch size, with and without gradients: more than the 8 after which it gives up.
+    torch._dynamo.config.cache_size_limit = 64
+    for part in getattr(net, "blocks", [net]):  # the blocks of a DiT share their graphs: a twelfth of the wait
+        part.compile(dynamic=False)
+
+
+def read_run(path: Path, kind: str) -> dict:
+    """The checkpoint of a run of the "teacher" or the "student". Raises ValueError if it is none."""
+    content = scflow.read(path)
+    require(content.get("kind") == kind, f"{path} does not hold a run of the {kind}")
+    return content
+
+
+class RunFile:
+    """The checkpoint of a run that trains the "teacher" or the "student", and its log.
+
+    .state  where the checkpoint that is already there has left the run, or None
+    .rows   the log up to there
+    """
+
+    def __init__(self, folder: Path, kind: str, asked: Train, device: str):
+        self.folder = folder
+        self.kind = kind
+        self.asked = asked
+        self.device = device
+        self.path = folder / f"{kind}.pt"
+        self.state = None
+        self.rows = []
+        if self.path.exists():
+            content = read_run(self.path, kind)
+            self.state = content["state"]
+            self.rows = content["log"]
+
+    def follow(self, loop, total: int, batch: int | None = None, **extra):
+        """Pass on the states of a training loop, with a progress bar; save now and then, at the end, at Ctrl-C.
+
+        Ctrl-C takes effect between two updates, so that what is saved is always whole.
+
+        batch  rows of an update; without it they are those of the student's phase.
+        extra  goes into the checkpoint.
+        """
+        done = self.state["step"] if self.state else 0
+        images = 0  # since the clock was started
+        clock = time.perf_counter()
+        bar = tqdm(total=total, initial=done, desc=self.kind, disable=self.asked.quiet, mininterval=0.2)
+        with ctrl_c_waits() as pressed, bar:
+            for run in loop:
+                images += batch or run.phase.batch
+                if run.step % 10 == 1:
+                    losses = run.losses  # waits for a GPU to finish
+                    speed = images / (time.perf_counter() - clock)
+                    self.note(run.step, losses, speed)
+                    bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+                    images = 0
+                    clock = time.perf_counter()
+                bar.update()
+                pause = time.perf_counter()
+                yield run
+                if pressed.is_set() or run.step % self.asked.save_every == 0 or run.step == total:
+                    self.save(run, extra)
+                clock += time.perf_counter() - pause  # drawing and saving are not training
+                if pressed.is_set():
+                    raise Stopped
+
+    def save(self, run, extra: dict) -> None:
+        """Write the checkpoint and the log."""
+        content = {"kind": self.kind, "state": run.state_dict(), "log": self.rows, **extra}
+        scflow.save(self.path, run.ema, **content)
+        write_csv(self.folder / "log.csv", self.rows)
+
+    def note(self, step: int, losses: dict[str, float], speed: float) -> None:
+        """Add a row to the log: the losses (unweighted), pictures per second, and memory on CUDA."""
+        row = {"stage": self.kind, "step": step, **losses, "images_per_s": round(speed, 1)}
+        if self.device.startswith("cuda"):
+            row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        self.rows.append(row)
+
+
+# ═══ 7. Teacher and student ═══════════════════════════════════════════════════════════════
+
+
+def generate(net, noise, steps, codec, solver="euler", batch=250, cond=None, generator=None) -> Tensor:
+    """Noise (N,C,h,w) → pictures uint8 (N,3,S,S) on the CPU, in batches on the codec's device."""
+    pictures = []
+    for i in range(0, len(noise), batch):
+        x = noise[i : i + batch].to(codec.device)
+        c = None if cond is None else cond[i : i + batch].to(codec.device)
+        z = scflow.sample(net, x, steps, solver, c, generator=generator)
+        pictures.append(codec.decode(z))
+    return torch.cat(pictures)
+
+
+def draw_sheet(path: Path, columns: dict[str, Tensor]) -> None:
+    """A PNG whose columns {title: uint8 (n,3,S,S)} show the same noise in every row."""
+    from matplotlib.figure import Figure  # no window is opened
+
+    down = len(next(iter(columns.values())))
+    width = 1.3 * len(columns)
+    column = width / (1.05 * len(columns) - 0.05)  # between two columns a twentieth of one is left free
+    height = 0.35 + down * column  # the titles above
+    figure = Figure(figsize=(width, height), layout="none")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for ax, (title, pictures) in zip(axes, columns.items()):
+        ax.imshow(rearrange(pictures, "n c h w -> (n h) w c").numpy(), interpolation="nearest")
+        ax.set_title(title, fontsize=11)
+        ax.axis("off")
+    figure.subplots_adjust(0, 0, 1, 1 - 0.35 / height, wspace=0.05)
+    figure.savefig(path)
+
+
+def compare(path: Path, data: Latents, codec: Codec, networks: dict) -> None:
+    """A sheet of held-out pictures and of samples, {name: (net, numbers of steps)}, all of one noise.
+
+    Where there are attributes, those of the samples are those of the held-out pictures.
+    """
+    shown = data.held_out[:8]
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(8, *data.shape, generator=generator)[: len(shown)]
+    cond = data.cond(shown)
+    columns = {"held out": codec.decode(data.normalised(shown))}
+    for name, (net, counts) in networks.items():
+        for steps in counts:
+            columns[f"{name} {steps}"] = generate(net, noise, steps, codec, cond=cond)
+    draw_sheet(path, columns)
+
+
+def teacher_command(argv) -> None:
+    """Train the rectified-flow teacher on a latents folder. (Below, the numbers of --size small.)"""
+    given, changed = cli(argv, teacher_command.__doc__, Teach(), TEACHERS["small"])
+    asked = Teach(**given)
+    settings = replace(TEACHERS[asked.size], **changed)
+    total = settings.teacher_steps
+    device = choose_device(asked.device)
+    data = Latents(asked.latents)
+    TRUSTED.add(asked.trust_autoencoder)
+    codec = Codec(data.meta, device)
+    torch.manual_seed(asked.seed)  # initial weights
+    net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.size], tokens=data.tokens)
+    net = place(net, device, asked.precision)
+    batch = data.batch(device)
+    config = {"latents": asked.latents, "codec": codec_hash(codec.content), **asdict(settings)}
+    config.update(size=asked.size, patch=asked.patch, seed=asked.seed)
+    folder = open_or_resume(asked, config)
+
+    if wants_compile(asked, device):
+        compile_in_place(net)
+    generator = torch.Generator(device).manual_seed(asked.seed)
+    file = RunFile(folder, "teacher", asked, device)
+    loop = scflow.train_teacher(net, batch, generator, settings, resume=file.state)
+    kept = {"codec": codec.content, "attributes": data.attributes}
+    for run in file.follow(loop, total, settings.teacher_batch, **kept):
+        if run.step % asked.sheet_every == 0 or run.step == total:
+            compare(folder / "teacher.png", data, codec, {"teacher": (run.ema, (1, 50))})
+    print(f"{folder}/teacher.pt and teacher.png; next: python celeba_latent.py distill --out {folder}")
+
+
+def distill_command(argv) -> None:
+    """Distil the teacher of a run folder into a student that needs one step. (Below, the numbers of two_phase.)"""
+    given, changed = cli(argv, distill_command.__doc__, Distill(), SCHEDULES["two_phase"])
+    asked = Distill(**given)
+    schedule = toy_2d.revise(SCHEDULES[asked.preset], changed)
+    total = sum(phase.steps for phase in schedule)
+    device = choose_device(asked.device)
+    folder = Path(asked.out)
+    path = folder / "teacher.pt"
     require(path.is_file(), f"no teacher in {folder}: run celeba_latent.py teacher --out {folder} first")
-    content, config = toy_2d.read_run(path, "teacher"), read_json(folder / "config.json", "latents", "teacher_steps")
-    done = content["state"]["step"]
+    past = read_run(path, "teacher")
+    config = read_json(folder / "config.json", "latents", "teacher_steps")
+    done = past["state"]["step"]
     require(done == config["teacher_steps"], f"the teacher stopped at update {done}: finish it with teacher --resume")
-    data, codec = Latents(run.latents or config["latents"]), Codec(content["codec"], run.device)
-    data.require_codec(codec, path)
-    names = content.get("attributes", [])
-    require(names == data.attributes, f"{data.folder} has other attributes than {path} learned from")
-    require(names or run.guidance == 1, f"--guidance needs labels, and {data.folder} has none: encode with --labels")
-    plan = dict(seed=run.seed, schedule=[asdict(phase) for phase in schedule])
-    plan |= dict(guidance=run.guidance) if names else {}
-    if student.exists():
-        require(run.resume or run.overwrite, f"{student} exists: give --resume to go on with it, or --overwrite")
-        same = run.overwrite or scflow.read(student).get("plan") == plan
-        require(same, f"--resume with another seed or schedule than {student} was started with")
-        for old in (student, folder / "metrics.json", folder / "metrics.md") if run.overwrite else ():
-            old.unlink(missing_ok=True)
-    torch.manual_seed(run.seed)  # initial weights of the critic
-    teacher, disc = run.place(scflow.load(path)), run.place(scflow.LatentDiscriminator(data.shape, tokens=data.tokens))
+    data = Latents(asked.latents or config["latents"])
+    data.require_codec(past["codec"], path)
+    data.require_attributes(past["attributes"], path)
+    guidable = data.attributes or asked.guidance == 1
+    require(guidable, f"--guidance needs labels, and {data.folder} has none: encode with --labels")
+    plan = {"seed": asked.seed, "guidance": asked.guidance, "schedule": [asdict(phase) for phase in schedule]}
+    TRUSTED.add(asked.trust_autoencoder)
+    codec = Codec(past["codec"], device)
+    batch = data.batch(device)
+    make_room(folder, asked, plan)
+
+    torch.manual_seed(asked.seed)  # initial weights of the critic
+    teacher = place(scflow.load(path), device, asked.precision)
+    critic = place(scflow.LatentCritic(data.shape, tokens=data.tokens), device, asked.precision)
     velocity = teacher
-    if names:  # a copy: the student starts from the other, which is not compiled yet
-        run.compiled(own := scflow.clone(teacher))
-        velocity = scflow.guided(own, run.guidance)
+    if asked.guidance != 1:
+        velocity = scflow.guided(teacher, asked.guidance)
+    generator = torch.Generator(device).manual_seed(asked.seed + 1)
+    file = RunFile(folder, "student", asked, device)
+    if file.state is None:
+        file.rows = past["log"]
+    loop = scflow.distill(velocity, critic, batch, generator, schedule, student=teacher, resume=file.state)
+    kept = {"codec": codec.content, "attributes": data.attributes, "plan": plan}
+    compiled = not wants_compile(asked, device)
+    for run in file.follow(loop, total, **kept):
+        if not compiled:  # after the first update, for only now are all networks there
+            compiled = True
+            nets = [run.student, run.target, run.frozen]
+            nets.append(run.teacher if asked.guidance == 1 else teacher)
+            if all(phase.r1 == 0 for phase in schedule):  # a compiled graph has no second derivative
+                nets.append(critic)
+            for net in nets:
+                compile_in_place(net)
+        if run.step % asked.sheet_every == 0 or run.step == total:
+            columns = {"teacher": (velocity, (1, 50)), "student": (run.ema, (1, 2, 4))}
+            compare(folder / "student.png", data, codec, columns)
+    print(f"{folder}/student.pt and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
-    def draw(state):
-        plain = scflow.guided(teacher, run.guidance) if names else teacher  # which is not compiled
-        compare(folder / "student.png", data, codec, teacher=(plain, (1, 50)), student=(state.ema, (1, 2, 4)))
 
-    costs = [(p.steps, p.batch, scflow.distill_flops(teacher, disc, p, p.steps - 1, bool(names))) for p in schedule]
-    log = Log(run, content["journal"]["rows"], costs, [*7 * [teacher], *3 * [disc]], draw)
-    generator, batch = torch.Generator(run.device).manual_seed(run.seed + 1), data.batch(run.device)
-    loop = partial(scflow.distill, velocity, disc, batch, generator, schedule, teacher, prepare=run.compiled)
-    total, kept = sum(p.steps for p in schedule), dict(codec=codec.content, plan=plan, attributes=names)
-    toy_2d.stage("student", run, folder, log, teacher, lambda state: loop(resume=state), total, **kept)
-    print(f"{student} and student.png; next: python celeba_latent.py evaluate --out {folder}")
+def make_room(folder: Path, asked: Distill, plan: dict) -> None:
+    """See to a student that is already there: it is gone on with, overwritten, or the reason for a ValueError."""
+    student = folder / "student.pt"
+    if not student.exists():
+        return
+    require(asked.resume or asked.overwrite, f"{student} exists: give --resume to go on with it, or --overwrite")
+    if asked.resume:
+        before = read_run(student, "student")["plan"]
+        same = before == plan
+        require(same, f"--resume with another seed, guidance or schedule than {student} was started with")
+        return
+    for name in ("student.pt", "metrics.json", "metrics.md"):
+        (folder / name).unlink(missing_ok=True)
 
 
-# ═══ 7. Samples and measures ════════════════════════════════════════════════════════════════
+# ═══ 8. Samples and measures ══════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Sample(Device):
     """What is sampled."""
 
-    out: str = option("runs/faces", "run folder (its student), or a weights file alone")
-    steps: tuple = option((1,), "solver steps, one file for each number")
-    attributes: tuple = option(("",), "NAME=1 or NAME=0 each, of a run on labelled pictures; what is not named is open")
-    solver: str = option("euler", "sampler", choices=scflow.SOLVERS)
-    count: int = option(64, "pictures")
-    seed: int = option(0, "seed of the noise")
-    file: str = option("samples.png", "grid .png, or .npz of an array (N,S,S,3); -STEPS is added to the name")
+    out: str = "runs/faces"  # run folder (its student), or a weights file alone
+    steps: tuple = (1,)  # solver steps, one file for each number
+    attributes: tuple = ("",)  # NAME=1 or NAME=0 each, of a run on labelled pictures; what is not named is open
+    solver: Literal["euler", "heun", "renoise"] = "euler"  # sampler
+    count: int = 64  # pictures
+    seed: int = 0  # seed of the noise
+    file: str = "samples.png"  # grid .png, or .npz of an array (N,S,S,3); -STEPS is added to the name
+    trust_autoencoder: str = ""  # name of a diffusers autoencoder that may be fetched from a hub
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(min(self.steps) > 0, f"steps must be positive, not {min(self.steps)}")
+        good = self.file.endswith((".png", ".npz"))
+        require(good, f"--file must end in .png or .npz, not {self.file!r}")
 
 
-def sample_command(argv):
+def sample_command(argv) -> None:
     """Draw samples of a run folder, or of a weights file alone, as a grid or an array."""
     from PIL import Image
 
-    asked = Sample(**cli(argv, sample_command.__doc__, Sample)[0])
-    source, path, n = Path(asked.out), Path(asked.file), asked.count
-    require(path.suffix in (".png", ".npz"), f"--file must end in .png or .npz, not {asked.file!r}")
-    net, codec = load_run(source / "student.pt" if source.is_dir() else source, asked.device)
-    noise = torch.randn(n, *net.shape, generator=torch.Generator().manual_seed(asked.seed))
-    cond = wanted(asked.attributes, net.attributes, n) if any(asked.attributes) else None
+    (given,) = cli(argv, sample_command.__doc__, Sample())
+    asked = Sample(**given)
+    source = Path(asked.out)
+    if source.is_dir():
+        source = source / "student.pt"
+    TRUSTED.add(asked.trust_autoencoder)
+    net, codec = load_run(source, choose_device(asked.device))
+    noise = torch.randn(asked.count, *net.shape, generator=torch.Generator().manual_seed(asked.seed))
+    cond = None
+    if any(asked.attributes):
+        cond = wanted(asked.attributes, net.attributes, asked.count)
     for steps in asked.steps:
-        name = path.with_stem(f"{path.stem}-{steps}")
-        pictures = generate(net, noise, steps, codec, asked.solver, cond=cond)
+        fresh = torch.Generator(codec.device).manual_seed(10**6 + asked.seed)  # what re-noising adds
+        pictures = generate(net, noise, steps, codec, asked.solver, cond=cond, generator=fresh)
+        path = Path(asked.file)
+        path = path.with_stem(f"{path.stem}-{steps}")
         if path.suffix == ".npz":
-            np.savez_compressed(name, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
+            np.savez_compressed(path, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
         else:
-            across = math.ceil(math.sqrt(n))
-            filled = torch.cat([pictures, pictures.new_full((-n % across, *pictures.shape[1:]), 255)])
-            Image.fromarray(rearrange(filled, "(r c) k h w -> (r h) (c w) k", c=across).numpy()).save(name)
-        print(f"{name}: {n} pictures, {toy_2d.plural(scflow.nfe(steps, asked.solver), 'network evaluation')} each")
+            Image.fromarray(grid(pictures)).save(path)
+        evaluations = toy_2d.plural(scflow.nfe(steps, asked.solver), "network evaluation")
+        print(f"{path}: {asked.count} pictures, {evaluations} each")
 
 
-def wanted(given, names, n):
+def grid(pictures: Tensor) -> np.ndarray:
+    """Pictures uint8 (N,3,S,S) side by side in a square, filled up with white, (rows·S, columns·S, 3)."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    missing = -len(pictures) % columns
+    white = pictures.new_full((missing, *pictures.shape[1:]), 255)
+    filled = torch.cat([pictures, white])
+    return rearrange(filled, "(r c) k h w -> (r h) (c w) k", c=columns).numpy()
+
+
+def wanted(given, names: list[str], n: int) -> Tensor:
     """The condition (n,L) that NAME=1 and NAME=0 ask for, of the attributes `names` that a network knows."""
     require(names, "this run knows no attributes: its pictures were encoded without --labels")
     cond = torch.zeros(n, len(names), dtype=torch.int64)
@@ -792,7 +1310,7 @@ def wanted(given, names, n):
     return cond
 
 
-def load_run(path, device):
+def load_run(path, device: str) -> tuple[nn.Module, Codec]:
     """The network, with the names of its .attributes, and the codec of a checkpoint of this script."""
     content = scflow.read(path)
     require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
@@ -805,252 +1323,210 @@ def load_run(path, device):
 class Evaluate(Device):
     """What is measured."""
 
-    out: str = option("runs/faces", "run folder")
-    latents: str = option("", "latents folder [the teacher's]")
-    count: int = option(5000, "samples of each network")
-    seed: int = option(0, "seed of the noise")
-    fid: str = option("", "the pictures that were encoded: also InceptionV3 FID (needs torch-fidelity and its weights)")
+    out: str = "runs/faces"  # run folder
+    latents: str = ""  # latents folder; without it the teacher's
+    count: int = 5000  # samples of each network
+    seed: int = 0  # seed of the noise
+    fid: str = ""  # the pictures that were encoded: also InceptionV3 FID (needs torch-fidelity and its weights)
+    trust_autoencoder: str = ""  # name of a diffusers autoencoder that may be fetched from a hub
+
+    def __post_init__(self):
+        super().__post_init__()
+        n = self.count
+        require(n >= 1000, f"a Fréchet distance from {n} samples says little: give --count 1000 or more")
 
 
-def evaluate_command(argv):
+def evaluate_command(argv) -> None:
     """Measure teacher and student of a run folder against pictures that were never trained on."""
-    asked = Evaluate(**cli(argv, evaluate_command.__doc__, Evaluate)[0])
-    folder, n, generator = Path(asked.out), asked.count, torch.Generator().manual_seed(10**6 + asked.seed)
-    require(n >= 1000, f"a Fréchet distance from {n} samples says little: give --count 1000 or more")
-    (teacher, _), (student, codec) = (load_run(folder / f"{who}.pt", asked.device) for who in ("teacher", "student"))
+    (given,) = cli(argv, evaluate_command.__doc__, Evaluate())
+    asked = Evaluate(**given)
+    device = choose_device(asked.device)
+    n = asked.count
+    folder = Path(asked.out)
+    TRUSTED.add(asked.trust_autoencoder)
+    teacher, _ = load_run(folder / "teacher.pt", device)
+    student, codec = load_run(folder / "student.pt", device)
     data = Latents(asked.latents or read_json(folder / "config.json", "latents")["latents"])
-    data.require_codec(codec, folder)
+    data.require_codec(codec.content, folder)
+    data.require_attributes(student.attributes, folder)
     require(len(data.held_out) >= 200, f"{len(data.held_out)} held-out pictures are too few: encode 2,000 pictures")
+    enough = len(data.train) >= n
+    require(enough, f"--count {n} needs as many training pictures for the floor, and there are {len(data.train)}")
+
+    generator = torch.Generator().manual_seed(10**6 + asked.seed)
     measure = PictureMeasure(*data.originals(data.held_out))
-    some = [data.train[torch.randperm(len(data.train), generator=generator)[:n]].sort().values for _ in range(5)]
-    floors = [measure(*data.originals(which)) for which in some]
-    floor = {k: (float(np.mean(v)), float(np.std(v, ddof=1))) for k in floors[0] if (v := [f[k] for f in floors])}
-    rows = [dict(who="autoencoder", **measure(*features_of(codec.decode(data.normalised(some[0])))))]
-    seen = measure.spaces(*data.originals(data.train))["layout"]
-    usual = scflow.neighbours(measure.reference["layout"], seen)[0].median()
-    noise, cond = torch.randn(n, *data.shape, generator=generator), None
+    floor, some = floor_of(measure, data, n, generator)
+    decoded = codec.decode(data.normalised(some))
+    rows = [{"who": "autoencoder", **measure(*features_of(decoded))}]
+
+    noise = torch.randn(n, *data.shape, generator=generator)
+    cond = None
     if data.attributes:  # asked for as often as they are found
-        require(student.attributes == data.attributes, f"{data.folder} has other attributes than {folder} learned from")
-        cond = data.cond(data.train[torch.randint(len(data.train), (n,), generator=generator)])
+        drawn = torch.randint(len(data.train), (n,), generator=generator)
+        cond = data.cond(data.train[drawn])
     networks = {"teacher": (teacher, (1, 50)), "student": (student, (1, 2, 4, 8))}
-    if (scale := scflow.read(folder / "student.pt")["plan"].get("guidance", 1)) != 1:
-        networks[f"teacher, guided at {scale:g}"] = scflow.guided(teacher, scale), (50,)
+    scale = read_run(folder / "student.pt", "student")["plan"]["guidance"]
+    if scale != 1:
+        networks[f"teacher, guided at {scale:g}"] = (scflow.guided(teacher, scale), (50,))
+
+    known = measure.spaces(*data.originals(data.train))["layout"]
+    usual = neighbours(measure.reference["layout"], known)[0].median()
     for who, (net, counts) in networks.items():
-        first = generate(net, noise, 1, codec, cond=cond)
+        one_step = generate(net, noise, 1, codec, cond=cond)
         for steps in counts:
-            pictures = first if steps == 1 else generate(net, noise, steps, codec, cond=cond)
-            ours = features_of(pictures)
-            distance, index = scflow.neighbours(measure.spaces(*ours)["layout"], seen)
-            passes = steps * (1 + ("guided" in who))
-            row = dict(who=who, nfe=passes, **measure(*ours), novelty=(distance.median() / usual).item())
-            row["gap"] = scflow.rms_distance(pictures / 255, first / 255) / math.sqrt(first[0].numel())
-            rows.append(row | ({"fid": inception_fid(pictures, data, asked.fid)} if asked.fid else {}))
-            if (who, steps) == ("student", 1):
-                nearest = codec.decode(data.normalised(data.train[index[:8]]))
-                draw_sheet(folder / "neighbours.png", {"student 1": pictures[:8], "nearest": nearest})
-    metrics = dict(samples=n, held_out=len(data.held_out), train=len(data.train), shape=data.shape, seed=asked.seed)
-    metrics |= dict(size=codec.content["size"], floor=floor, rows=rows, machine=toy_2d.machine())
+            pictures = one_step if steps == 1 else generate(net, noise, steps, codec, cond=cond)
+            features = features_of(pictures)
+            distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
+            gap = toy_2d.rms_distance(pictures / 255, one_step / 255)
+            row = {"who": who, "nfe": 2 * steps if "guided" in who else steps, **measure(*features)}
+            row["gap"] = gap / math.sqrt(one_step[0].numel())  # of a number, not of a picture
+            row["novelty"] = (distance.median() / usual).item()
+            if asked.fid:
+                row["fid"] = inception_fid(pictures, data, asked.fid)
+            rows.append(row)
+            if who == "student" and steps == 1:
+                copied = codec.decode(data.normalised(data.train[nearest[:8]]))
+                draw_sheet(folder / "neighbours.png", {"student 1": pictures[:8], "nearest": copied})
+
+    metrics = {
+        "samples": n,
+        "held_out": len(data.held_out),
+        "train": len(data.train),
+        "shape": data.shape,
+        "size": codec.content["size"],
+        "seed": asked.seed,
+        "floor": floor,
+        "rows": rows,
+        "machine": toy_2d.machine(),
+    }
+    text = report(metrics)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
-    write_text(folder / "metrics.md", text := report(metrics))
+    write_text(folder / "metrics.md", text)
     print(text)
 
 
-def features_of(pictures, batch=250):
-    """`picture_features` of many pictures."""
-    return tuple(map(torch.cat, zip(*map(picture_features, pictures.split(batch)))))
+def floor_of(measure: PictureMeasure, data: Latents, n: int, generator) -> tuple[dict, Tensor]:
+    """What n real pictures reach, five times: {measure: (mean, deviation)}; and the first n of them."""
+    draws = []
+    for _ in range(5):
+        order = torch.randperm(len(data.train), generator=generator)
+        draws.append(data.train[order[:n]].sort().values)
+    found = [measure(*data.originals(some)) for some in draws]
+    floor = {}
+    for name in found[0]:
+        values = [row[name] for row in found]
+        floor[name] = (float(np.mean(values)), float(np.std(values, ddof=1)))
+    return floor, draws[0]
 
 
-def report(metrics):
+def report(metrics: dict) -> str:
     """The measures of a run as a Markdown table."""
-    floor, names = metrics["floor"], ["layout", "texture", "coverage", "gap", "novelty"]
-    names += ["fid"] * ("fid" in metrics["rows"][-1])
+    floor = metrics["floor"]
+    names = ["layout", "texture", "coverage", "gap", "novelty"]
+    if "fid" in metrics["rows"][-1]:
+        names.append("fid")
     shown = ", ".join(f"{name} {mean:.4f} ± {sd:.4f}" for name, (mean, sd) in floor.items())
-    head = f"{metrics['samples']} samples against {metrics['held_out']} held-out pictures, seed {metrics['seed']}; "
-    head += f"{metrics['machine']}. Fréchet distances less the floor that as many real ones set: {shown}.\n"
-    lines = [head, f"| network | evaluations | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    for r in metrics["rows"]:
-        values = {k: r[k] - floor[k][0] if k in ("layout", "texture") else r[k] for k in names if k in r}
-        cells = [f"{values[k]:.4f}" if k in values else "" for k in names]
-        lines.append(f"| {' | '.join([r['who'], str(r.get('nfe', '')), *cells])} |")
+    lines = [
+        f"{metrics['samples']} samples against {metrics['held_out']} held-out pictures, seed {metrics['seed']}; "
+        f"{metrics['machine']}. Fréchet distances less the floor that as many real ones set: {shown}.",
+        "",
+        f"| network | evaluations | {' | '.join(names)} |",
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for row in metrics["rows"]:
+        cells = [row["who"], str(row.get("nfe", ""))]
+        for name in names:
+            value = row.get(name)
+            if value is None:
+                cells.append("")
+                continue
+            if name in ("layout", "texture"):
+                value -= floor[name][0]
+            cells.append(f"{value:.4f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def inception_fid(pictures, data, images):
+def inception_fid(pictures: Tensor, data: Latents, images) -> float:
     """FID of uint8 pictures to the held-out originals, by torch-fidelity (InceptionV3 at 299 px, its own resize)."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
         raise ValueError("--fid needs a package: pip install torch-fidelity") from None
+    from torch.utils.data import Subset
+
     names = [data.meta["sources"][i] for i in data.held_out.tolist()]
-    real = torch.stack(Pictures(images).read_all(names, data.meta["size"]))
-    one, two = (torch.utils.data.Subset(x, range(len(x))) for x in (pictures, real))
-    return calculate_metrics(input1=one, input2=two, fid=True, verbose=False)["frechet_inception_distance"]
+    found = Pictures(images).read_all(names, data.meta["size"])
+    for name, picture in zip(names, found):
+        require(not isinstance(picture, str), f"{name} in {images} {picture}")
+    real = torch.stack(found)
+    ours = Subset(pictures, range(len(pictures)))
+    theirs = Subset(real, range(len(real)))
+    metrics = calculate_metrics(input1=ours, input2=theirs, fid=True, verbose=False)
+    return metrics["frechet_inception_distance"]
 
 
-# ═══ 8. The demo ════════════════════════════════════════════════════════════════════════════
+# ═══ 9. The demo ══════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Demo(Folder):
     """Faces that the program draws, from pictures to a one-step generator; a CPU will do."""
 
-    drawings: int = option(24000, "drawings, a tenth of which is held out")
-    seed: int = option(0, "seed of the networks (the drawings are always the same)")
-    count: int = option(5000, "samples that are measured")
-    teacher_steps: int = option(1000, "updates of the teacher")
-    student_steps: int = option(800, "updates of the student")
-    out: str = option("runs/demo", "run folder; the latents go beside it, into OUT-latents")
+    drawings: int = 24000  # drawings, a tenth of which is held out
+    seed: int = 0  # seed of the networks (the drawings are always the same)
+    count: int = 5000  # samples that are measured
+    teacher_steps: int = 1000  # updates of the teacher
+    student_steps: int = 800  # updates of the student
+    out: str = "runs/demo"  # run folder; the latents go beside it, into OUT-latents
 
 
-def demo_command(argv):
+def draw_batch(names: list[str]) -> list[Tensor]:
+    """Drawings uint8 (3,32,32) by their numbers; the first number of a batch seeds it."""
+    generator = torch.Generator().manual_seed(int(names[0]))
+    traits = torch.rand(len(names), len(TRAITS), generator=generator)
+    return list((255 * draw_faces(traits)).round().byte())
+
+
+def demo_command(argv) -> None:
     """The whole pipeline on drawn faces: latents, teacher, student, sheet of samples, measures."""
-    demo, clock = Demo(**cli(argv, demo_command.__doc__, Demo)[0]), time.perf_counter()
-    started = Path(demo.out, "config.json").exists()  # or it was stopped while it encoded
-    flags = ["--quiet"] * demo.quiet + ["--overwrite"] * demo.overwrite + ["--resume"] * (demo.resume and started)
-    common = ["--out", demo.out, "--seed", str(demo.seed), "--device", demo.device]
+    clock = time.perf_counter()
+    (given,) = cli(argv, demo_command.__doc__, Demo())
+    demo = Demo(**given)
+    device = choose_device(demo.device)
+    names = [str(i) for i in range(demo.drawings)]
+    latents = f"{demo.out}-latents"
+    how = dict(device=device, resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
+    encode = Encode(**how, size=32, batch=500, out=latents)
+    folder = open_or_resume(encode, {"drawings": demo.drawings})
+    write_latents(folder, PatchPCA(16, 64), names, draw_batch, encode)
 
-    def read(names):  # the first drawing of a batch seeds it
-        generator = torch.Generator().manual_seed(int(names[0]))
-        return list((255 * draw_faces(torch.rand(len(names), TRAITS, generator=generator))).round().byte())
-
-    latents = open_folder(f"{demo.out}-latents", "", demo.resume, demo.overwrite, dict(drawings=demo.drawings))
-    encode = Encode(size=32, batch=500, device=demo.device, quiet=demo.quiet)
-    write_latents(latents, PatchPCA(16, 64), list(map(str, range(demo.drawings))), read, encode)
-    given = ["--latents", str(latents), "--patch", "1", "--teacher-steps", str(demo.teacher_steps)]
-    teacher_command([*common, *flags, *given])
-    distill_command([*common, *flags, "--student-steps", str(demo.student_steps)])
+    common = ["--out", demo.out, "--seed", str(demo.seed), "--device", device]
+    flags = [*common]
+    if demo.quiet:
+        flags.append("--quiet")
+    if demo.overwrite:
+        flags.append("--overwrite")
+    if demo.resume and Path(demo.out, "config.json").exists():  # else it was stopped while it encoded
+        flags.append("--resume")
+    teacher_steps = str(demo.teacher_steps)
+    teacher_command([*flags, "--latents", latents, "--patch", "1", "--teacher-steps", teacher_steps])
+    distill_command([*flags, "--student-steps", str(demo.student_steps)])
     evaluate_command([*common, "--count", str(demo.count)])
     print(f"{time.perf_counter() - clock:.0f} s; samples: {Path(demo.out, 'student.png')}")
 
 
-# ═══ 9. Speed, measured ═════════════════════════════════════════════════════════════════════
-
-
-@dataclass(frozen=True)
-class Bench(Device):
-    """What is timed."""
-
-    sizes: tuple = option(("small",), "networks", choices=tuple(SIZES))
-    channels: int = option(4, "channels of the latents")
-    side: int = option(32, "side of the latents")
-    patch: int = option(2, "side of the DiT's patches, in latents")
-    batch: int = option(32, "rows per update")
-    rounds: int = option(5, "rounds; each times every variant forwards and backwards")
-    updates: int = option(2, "updates at a time")
-    out: str = option("results/bench", "path of the table, without .md and .json")
-
-
-def one_loss_at_a_time(nets, x0, x1, t, phase, weights, generator=None, cond=None):
-    """The losses of `scflow.distill_losses` as one would first write them: no pass serves two of them."""
-    state, losses, fake = generator.get_state(), {}, None
-    for name in (k for k, w in weights.items() if w > 0):
-        generator.set_state(state)  # the same draws for all
-        only = {k: w * (k == name) for k, w in weights.items()}
-        loss, samples = scflow.distill_losses(nets, x0, x1, t, phase, only, generator, cond)
-        losses, fake = losses | loss, samples if name == "adv" else fake
-    return losses, fake
-
-
-VARIANTS = {  # name: (precision, compile, TF32, one loss at a time)
-    "naive fp32": ("fp32", "no", False, True),
-    "naive fp32, TF32": ("fp32", "no", True, True),
-    "bf16 eager": ("bf16", "no", True, False),
-    "ours": ("auto", "auto", True, False),
+COMMANDS = {
+    "demo": demo_command,
+    "encode": encode_command,
+    "teacher": teacher_command,
+    "distill": distill_command,
+    "sample": sample_command,
+    "evaluate": evaluate_command,
 }
 
 
-def bench_loop(task, dims, variant, bench):
-    """The training loop of one variant, from the same weights and draws as the others'."""
-    precision, compiled, _, naive = VARIANTS[variant]
-    run = Run(device=bench.device, precision=precision, compile=compiled)
-    shape = (bench.channels, bench.side, bench.side)
-    torch.manual_seed(0)
-    net, disc = run.place(scflow.DiT(shape, bench.patch, **dims)), run.place(scflow.LatentDiscriminator(shape))
-    nn.init.normal_(net.head.weight, std=0.02)  # the zero map would leave most gradients zero
-    generator = torch.Generator(bench.device).manual_seed(0)
-
-    def batch(n, generator):
-        return torch.randn(n, *shape, generator=generator, device=bench.device), None
-
-    if task == "teacher":
-        run.compiled(net)
-        return scflow.train_teacher(net, batch, generator, TeacherSettings(10**6, bench.batch, 1e-4))
-    function = one_loss_at_a_time if naive else scflow.distill_losses
-    phase = Phase(10**6, bench.batch, 1e-4)  # all four losses
-    return scflow.distill(net, disc, batch, generator, (phase,), loss_function=function, prepare=run.compiled)
-
-
-def bench_case(bench, size, task, matmul):
-    """The rows of the table for one network and one kind of update."""
-    cuda, truth, rows = torch.cuda if bench.device.startswith("cuda") else None, None, {}
-    loops = {variant: bench_loop(task, SIZES[size][0], variant, bench) for variant in VARIANTS}
-    seconds = {variant: [] for variant in VARIANTS}
-
-    def advance(variant, updates=1):
-        torch.set_float32_matmul_precision("high" if VARIANTS[variant][2] else "highest")
-        torch.backends.cudnn.allow_tf32 = VARIANTS[variant][2]
-        start = time.perf_counter()
-        for _ in range(updates):
-            state = next(loops[variant])
-        if cuda:
-            cuda.synchronize()
-        return state, (time.perf_counter() - start) / updates
-
-    for variant in VARIANTS:
-        before = cuda.reset_peak_memory_stats() or cuda.memory_allocated() if cuda else 0
-        state, spent = advance(variant)  # compiles
-        net, loss = state.parts["net" if task == "teacher" else "student"], sum(state.losses.values())
-        gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).cpu()
-        truth = truth or (loss, gradient)
-        rows[variant] = row = dict(size=size, update=task, variant=variant, loss=abs(loss / truth[0] - 1))
-        row |= dict(gradient=((gradient - truth[1]).norm() / truth[1].norm()).item(), start_up=spent)
-        row["gb"] = (cuda.max_memory_allocated() - before) / 1e9 if cuda else None
-        advance(variant)  # warm
-    for _ in range(bench.rounds):
-        for variant in (*VARIANTS, *reversed(VARIANTS)):  # A-B-B-A
-            seconds[variant].append(advance(variant, bench.updates)[1])
-    disc, eager = scflow.LatentDiscriminator(net.shape), np.median(seconds["bf16 eager"])
-    flops = bench.batch * (3 * net.flops() if task == "teacher" else scflow.distill_flops(net, disc, Phase(), 0))
-    for variant, row in rows.items():
-        ratios = np.quantile(np.array(seconds["naive fp32"]) / seconds[variant], (0.5, 0.1, 0.9)).tolist()
-        middle = float(np.median(seconds[variant]))
-        row |= dict(zip(("ratio", "p10", "p90"), ratios), ms=1e3 * middle, share=flops / middle / matmul)
-        row["repaid"] = float(row["start_up"] / (eager - middle)) if variant == "ours" and eager > middle else None
-    return list(rows.values())
-
-
-def bench_command(argv):
-    """Time our updates against naive ones, in turns in one process."""
-    bench = Bench(**cli(argv, bench_command.__doc__, Bench)[0])
-    a, b = torch.randn(2, 2**24, device=bench.device)
-    probes = [(toy_2d.matmul_rate(bench.device), toy_2d.rate(bench.device, partial(a.copy_, b), 8 * a.numel()))]
-    cases = [(size, task) for size in bench.sizes for task in ("teacher", "distill")]
-    rows = [row for case in cases for row in bench_case(bench, *case, probes[0][0])]
-    probes.append((toy_2d.matmul_rate(bench.device), toy_2d.rate(bench.device, partial(a.copy_, b), 8 * a.numel())))
-    drift = max(abs(after / before - 1) for before, after in zip(*probes))
-    names = "size update variant ms ratio p10 p90 share gb loss gradient start_up repaid".split()
-    cells = [[f"{v:.3g}" if isinstance(v := r[k], float) else str(v or "") for k in names] for r in rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *cells))
-    noisy = " (MORE THAN 3%: run again on a quiet machine)" * (drift > 0.03)
-    text = f"""`{" ".join(["python celeba_latent.py bench", *argv])}`, {toy_2d.machine()}
-
-Matrix product {probes[0][0] / 1e12:.3g} TFLOP/s, copy {probes[0][1] / 1e9:.3g} GB/s; moved by {drift:.1%}{noisy}.
-ratio: naive fp32 time over this one, median, p10 and p90 of {2 * bench.rounds} turns; share: of the matrix product's
-rate; gb: peak memory beside the other variants; loss, gradient: relative difference from naive fp32 in the first
-update; start_up: seconds of that update, with compilation; repaid: after so many updates, against bf16 eager.
-
-{table}"""
-    Path(bench.out).parent.mkdir(parents=True, exist_ok=True)
-    write_text(f"{bench.out}.json", json.dumps(dict(asdict(bench), probes=probes, rows=rows), indent=1))
-    write_text(f"{bench.out}.md", text)
-    print(text)
-
-
-COMMANDS = {"demo": demo_command, "encode": encode_command, "teacher": teacher_command, "distill": distill_command}
-COMMANDS |= {"sample": sample_command, "evaluate": evaluate_command, "bench": bench_command}
-
-
-def main(argv=None):
+def main(argv=None) -> int:
     """Run a command, with the errors and exit codes of toy_2d.py."""
     return toy_2d.main(argv, COMMANDS, None, "celeba_latent.py")
 

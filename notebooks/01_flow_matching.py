@@ -24,18 +24,24 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
-sys.path[:0] = [".", ".."]  # a clone holds scflow.py here or one folder up
+sys.path.insert(0, "..")  # a clone holds scflow.py and toy_2d.py one folder up,
+sys.path.insert(0, ".")  # or here
 try:
-    import scflow
-except ImportError:  # a hosted notebook: fetch it once
+    import toy_2d
+except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    import scflow
+    import toy_2d
+import scflow
+from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture
 
+GREEN = "#009E73"
 torch.set_num_threads(1)  # networks this small run best in one thread
-TEACHER, STUDENT, THIRD, GREY, PINK = "#D55E00", "#0072B2", "#009E73", "#999999", "#CC79A7"
-plt.rcParams.update({"font.size": 12, "figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(toy_2d.STYLE)
+plt.rcParams["figure.dpi"] = 72
+plt.rcParams["lines.linewidth"] = 2
 
 # %% [markdown]
 # ## Lines that cross
@@ -44,12 +50,10 @@ plt.rcParams.update({"font.size": 12, "figure.dpi": 72, "axes.spines.top": False
 # x_t = (1−t)·x₀ + t·x₁. Its velocity is v = x₁ − x₀, the same all along.
 #
 # In the plane two lines may cross on the page and yet be there at different times. So we start with numbers instead of
-# points, and draw t as an axis: there a crossing is a meeting.
+# points, and draw t as an axis. In such a picture a crossing is a meeting.
 
 # %%
-two = scflow.GaussianMixture(
-    [[-1.5], [1.5]], std=0.25, weights=[1.0, 2.0]
-)  # data: two modes, the upper twice as likely
+two = GaussianMixture([[-1.5], [1.5]], std=0.25, weights=[1.0, 2.0])  # the upper mode is twice as likely
 generator = torch.Generator().manual_seed(0)
 n = 2000
 x0, _ = two.sample(n, generator)  # (n,1)
@@ -57,29 +61,34 @@ x1 = torch.randn(n, 1, generator=generator)
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.8))
-ax.plot([1, 0], torch.cat([x1, x0], 1)[:60].T, color=GREY, lw=0.8, zorder=1)
-ax.scatter(torch.ones(60), x1[:60], s=14, color=TEACHER, zorder=2)
-ax.scatter(torch.zeros(60), x0[:60], s=14, color=STUDENT, zorder=2)
-ax.set(xlabel="t  (noise on the left, data on the right)", ylabel="x", xlim=(1.02, -0.02), ylim=(-3.6, 3.6))
-plt.tight_layout()
+some = torch.cat([x1, x0], 1)[:60]  # (60,2): start and end of sixty lines
+ax.plot([1, 0], some.T, color=GREY, lw=0.8, zorder=1)
+ax.scatter(torch.ones(60), some[:, 0], s=14, color=TEACHER, zorder=2)
+ax.scatter(torch.zeros(60), some[:, 1], s=14, color=STUDENT, zorder=2)
+ax.set(xlabel="t  (noise on the left, data on the right)", ylabel="x")
+ax.set(xlim=(1.02, -0.02), ylim=(-3.6, 3.6))
 plt.show()
 
 # %% [markdown]
 # *What to see: a tangle. Through one place, at one time, go lines to both modes.*
 #
-# How many pairs of lines meet? Those whose order at t = 0 is not that at t = 1. Noise knows nothing of data, so each
-# order is as likely as the other.
+# How many pairs of lines meet? Those whose order at t = 0 is not that at t = 1. Noise and data are independent, so
+# both orders are equally likely.
 
 
 # %%
 def share_that_meet(starts, ends):
-    """Share of the pairs of lines whose order is turned round between start and end, (n,1) each."""
-    turned = (starts - starts.T) * (ends - ends.T) < 0  # (n,n)
-    return turned.sum().item() / (len(starts) * (len(starts) - 1))
+    """Share of the pairs of lines whose order at the end is not that at the start, (n,1) each."""
+    at_start = starts - starts.T  # (n,n)
+    at_end = ends - ends.T
+    turned = at_start * at_end < 0
+    pairs = len(starts) * (len(starts) - 1)
+    return turned.sum().item() / pairs
 
 
-print(f"pairs of lines that meet: {share_that_meet(x1, x0):.3f}")
-assert abs(share_that_meet(x1, x0) - 0.5) < 0.04  # every second pair
+meeting = share_that_meet(x1, x0)
+print(f"pairs of lines that meet: {meeting:.3f}")
+assert abs(meeting - 0.5) < 0.04  # every second pair
 
 # %% [markdown]
 # ## The mean over the lines
@@ -89,57 +98,62 @@ assert abs(share_that_meet(x1, x0) - 0.5) < 0.04  # every second pair
 #
 # **v\*(x,t) = E[ x₁ − x₀ | x_t = x ]**
 #
-# For a Gaussian mixture this is a formula, and `scflow.GaussianMixture` is called like a network to give it. Is it
+# For a Gaussian mixture this is a formula, and a `GaussianMixture` is called like a network to give it. Is it
 # right? Draw many lines and take the mean by hand.
 
 # %%
 many = 1_000_000
 x0, _ = two.sample(many, generator)
 x1 = torch.randn(many, 1, generator=generator)
-t, place = 0.5, 0.0
-passing = ((1 - t) * x0 + t * x1 - place).abs() < 0.02
-v = (x1 - x0)[passing]
-exact = two(torch.tensor([[place]]), torch.tensor([t])).item()
-print(f"{len(v)} lines pass x = {place} at t = {t}: their mean velocity is {v.mean():.3f}, and v* is {exact:.3f}")
-assert abs(v.mean() - exact) < 0.1
-assert ((v - exact).abs() < 0.3).float().mean() < 0.01  # hardly a line has that velocity
+v = x1 - x0
+halfway = (x0 + x1) / 2
+passing = v[halfway.abs() < 0.02]  # of the lines that pass x = 0 at t = ½
+exact = two(torch.zeros(1, 1), torch.tensor([0.5])).item()
+print(f"{len(passing)} lines pass x = 0 at t = ½: their mean velocity is {passing.mean():.3f}, and v* is {exact:.3f}")
+assert abs(passing.mean() - exact) < 0.1
+near = (passing - exact).abs() < 0.3
+assert near.float().mean() < 0.01  # hardly a line has that velocity
 
 # %% [markdown]
 # The same for every place at once, at three times. In each narrow bin the mean over the lines must be that of v\*, up
 # to the error of a finite sample.
 
 # %%
-edges, found = torch.linspace(-2.5, 2.5, 51), {}
+edges = torch.linspace(-2.5, 2.5, 51)
+dots = {}
 for t in (0.8, 0.5, 0.2):
-    xt, wanted = (1 - t) * x0 + t * x1, x1 - x0
-    left = (wanted - two(xt, torch.full((many,), t)))[:, 0]  # what v* leaves over
-    bins = torch.bucketize(xt[:, 0], edges)
-    count = torch.bincount(bins)
-    mean, over, square = (torch.bincount(bins, w) / count for w in (wanted[:, 0], left, left**2))
-    enough = (count > 500) & (torch.arange(len(count)) > 0) & (torch.arange(len(count)) < 51)
-    assert (over.abs() < 5 * (square / count).sqrt())[enough].all()  # nothing but the error of the sample
-    found[t] = (edges - 0.05)[enough[:51]], mean[:51][enough[:51]]
+    times = torch.full((many,), t)
+    xt = scflow.interpolate(x0, x1, times)
+    difference = v - two(xt, times)
+    number = torch.bucketize(xt[:, 0], edges)  # of the bin; 0 and 51 are outside
+    dots[t] = []
+    for b in range(1, 51):
+        inside = number == b
+        rest = difference[inside]
+        if len(rest) > 500:
+            error = rest.std() / math.sqrt(len(rest))
+            assert rest.mean().abs() < 5 * error  # nothing but the error of the sample
+            centre = (edges[b - 1] + edges[b]) / 2
+            dots[t].append((centre, v[inside].mean()))
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-axes[0].hist(v.numpy(), 60, color=GREY)
-axes[0].axvline(exact, color=TEACHER, lw=2.5)
-axes[0].annotate(
-    "v*", (exact, 1), (6, -14), xycoords=("data", "axes fraction"), textcoords="offset points", color=TEACHER
-)
-axes[0].set(xlabel="velocity of the lines through x = 0, t = 0.5", ylabel="lines")
-xs = torch.linspace(-2.5, 2.5, 300)
-for (t, dots), color in zip(found.items(), (STUDENT, TEACHER, THIRD)):
-    axes[1].plot(xs, two(xs[:, None], torch.full((300,), t))[:, 0], color=color, lw=1.5, label=f"t = {t}")
-    axes[1].plot(*dots, "o", color=color, ms=5)
+axes[0].hist(passing.numpy(), 60, color=GREY)
+axes[0].axvline(exact, color=TEACHER, label="v*")
+axes[0].set(xlabel="velocity of the lines through x = 0, t = ½", ylabel="lines")
+places = torch.linspace(-2.5, 2.5, 300)
+for t, color in zip(dots, (STUDENT, TEACHER, GREEN)):
+    formula = two(places[:, None], torch.full((300,), t))
+    axes[1].plot(places, formula, color=color, lw=1.5, label=f"t = {t}")
+    axes[1].plot(*zip(*dots[t]), "o", color=color, ms=5)
 axes[1].set(xlabel="x", ylabel="v*(x,t)", ylim=(-4, 4))
-axes[1].legend(frameon=False)
-plt.tight_layout()
+for ax in axes:
+    ax.legend()
 plt.show()
 
 # %% [markdown]
 # *What to see: left, lines through one place go one of two ways, and hardly one at v\*. Right, the dots are means
-# over lines, the curves the formula; as t falls, v\* turns from one mode to the other within a shorter and shorter
+# over lines, the curves the formula. As t falls, v\* turns from one mode to the other within a shorter and shorter
 # way.*
 
 # %% [markdown]
@@ -158,22 +172,23 @@ def one_gaussian(x, t, m, s):
 
 def responsibilities(x, t, means, s, weights):
     """γ_k(x,t), the probability that a line through (x,t) comes from component k, (B,K)."""
-    square = (x[:, None] - (1 - t)[:, None] * means).square().sum(-1)  # (B,K) distances to the moved centres
+    moved = (1 - t)[:, None] * means  # (B,K,d): the centres at time t
+    square = (x[:, None] - moved).square().sum(-1)  # (B,K)
     # your answer
-    return (weights.log() - square / (2 * (((1 - t) * s) ** 2 + t**2))).softmax(1)
+    var = ((1 - t) * s) ** 2 + t**2
+    return (weights.log() - square / (2 * var)).softmax(1)
 
 
 # %%
-angle = torch.arange(8) * math.pi / 4
-eight = scflow.GaussianMixture(2 * torch.stack([angle.cos(), angle.sin()], 1), std=0.15)
+eight = toy_2d.dataset("8gaussians")  # eight modes on a circle in the plane
 for mixture in (two, eight):
-    x, t = (
-        2 * torch.randn(500, mixture.means.shape[1], generator=generator),
-        0.05 + 0.95 * torch.rand(500, 1, generator=generator),
-    )
+    dim = mixture.means.shape[1]
+    x = 2 * torch.randn(500, dim, generator=generator)
+    t = 0.05 + 0.95 * torch.rand(500, 1, generator=generator)
     each = torch.stack([one_gaussian(x, t, m, mixture.std) for m in mixture.means], 1)  # (B,K,d)
-    gamma = responsibilities(x, t, mixture.means, mixture.std, mixture.weights)
-    assert torch.allclose((gamma[..., None] * each).sum(1), mixture(x, t[:, 0]), rtol=1e-3, atol=1e-3)
+    gamma = responsibilities(x, t, mixture.means, mixture.std, mixture.weights)  # (B,K)
+    mine = (gamma[..., None] * each).sum(1)
+    assert torch.allclose(mine, mixture(x, t[:, 0]), rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
 # ## The flow that does not cross
@@ -191,26 +206,30 @@ assert (path.diff(dim=1) > 0).all()  # at every time they are in the order in wh
 
 def shade(ax, mixture):
     """The density of x_t in grey, and the axes of a picture over t."""
-    x, t = torch.linspace(-3, 3, 200), torch.linspace(1, 0, 200)
-    p = torch.stack([mixture.log_density(x[:, None], t[i].expand(200)).exp() for i in range(200)], 1)
-    ax.imshow(p.sqrt(), cmap="Greys", extent=(1, 0, -3, 3), origin="lower", aspect="auto", vmax=1.8)
+    x = torch.linspace(-3, 3, 200)[:, None]
+    columns = []
+    for t in torch.linspace(1, 0, 200):
+        density = mixture.log_density(x, t.expand(200)).exp()
+        columns.append(density.sqrt())
+    picture = torch.stack(columns, 1)
+    ax.imshow(picture, "Greys", extent=(1, 0, -3, 3), origin="lower", aspect="auto", vmax=1.8)
     ax.set(xlabel="t", xlim=(1, 0), ylim=(-3, 3))
 
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-for ax, title in zip(axes, ("lines: what is trained on", "v*: what is learned")):
+for ax in axes:
     shade(ax, two)
-    ax.set_title(title)
-axes[0].plot([1, 0], torch.cat([x1, x0], 1)[:40].T, color=TEACHER, lw=0.8)
+some = torch.cat([x1, x0], 1)[:40]
+axes[0].plot([1, 0], some.T, color=TEACHER, lw=0.8)
 axes[1].plot(times, path[:, 5::10, 0], color=STUDENT, lw=0.8)
-axes[0].set_ylabel("x")
-plt.tight_layout()
+axes[0].set(title="lines: what is trained on", ylabel="x")
+axes[1].set_title("v*: what is learned")
 plt.show()
 
 # %% [markdown]
 # *What to see: the same density at every t, in grey, and other paths. The lines are straight and cross. The paths of
-# v\* do not cross, so they bend: at first all head for the mean of the data, then they part.*
+# v\* do not cross, so they bend: at first all go towards the mean of the data, then they part.*
 
 # %% [markdown]
 # Why is the density the same? What flows through a place is counted there as density times *mean* velocity. Who goes
@@ -225,12 +244,14 @@ def share_below(x, t, means, s, weights):
     """P(x_t < x) for the mixture, x of shape (B,1) and one t; Φ is torch.special.ndtr."""
     sigma = (((1 - t) * s) ** 2 + t**2) ** 0.5
     # your answer
-    return (weights * torch.special.ndtr((x - (1 - t) * means[:, 0]) / sigma)).sum(1)
+    below = torch.special.ndtr((x - (1 - t) * means[:, 0]) / sigma)  # (B,K)
+    return (weights * below).sum(1)
 
 
 # %%
 for x, t in zip(path, times):
-    assert (share_below(x, t, two.means, two.std, two.weights) - quantiles).abs().max() < 5e-3
+    error = share_below(x, t, two.means, two.std, two.weights) - quantiles
+    assert error.abs().max() < 5e-3
 upward = (path[-1] > 0).float().mean().item()
 print(f"share of the noise that goes to the upper mode: {upward:.4f}")
 assert abs(upward - 2 / 3) < 0.005  # the flow cuts the noise where the weights say
@@ -239,37 +260,30 @@ assert abs(upward - 2 / 3) < 0.005  # the flow cuts the noise where the weights 
 # The same in the plane, with eight modes. A point keeps the colour of its noise.
 
 # %%
-x1 = torch.randn(n, 2, generator=generator)
 x0, _ = eight.sample(n, generator)
+x1 = torch.randn(n, 2, generator=generator)
 _, flow = scflow.sample(eight, x1, steps=60, solver="heun", trajectory=True)  # (61,n,2)
-lines = torch.stack([scflow.interpolate(x0, x1, t.expand(n)) for t in torch.linspace(1, 0, 61)])
-quarter = (2 * torch.atan2(x1[:, 1], x1[:, 0]) / math.pi).floor().long() + 2  # of the plane, where the noise is
-colors = [(TEACHER, STUDENT, THIRD, PINK)[q % 4] for q in quarter]
-
-
-def clouds(ax, points, shown=500):
-    ax.scatter(*points[:shown].T, s=4, c=colors[:shown], lw=0)
-    ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
-
+times = torch.linspace(1, 0, 61)
+lines = torch.stack([scflow.interpolate(x0, x1, t.expand(n)) for t in times])
+colors = toy_2d.by_angle(x1)
 
 # %%
 fig, axes = plt.subplots(2, 5, figsize=(10, 4.4))
-for row, name, points in zip(axes, ("lines", "v*"), (lines, flow)):
-    for ax, i in zip(row, (0, 15, 30, 45, 60)):
-        clouds(ax, points[i])
-        ax.set_title(f"t = {1 - i / 60:g}" if name == "lines" else "")
-    row[0].set_ylabel(name)
-plt.tight_layout()
+for column, i in zip(axes.T, (0, 15, 30, 45, 60)):
+    toy_2d.cloud(column[0], lines[i, :500], f"t = {1 - i / 60:g}", colors[:500])
+    toy_2d.cloud(column[1], flow[i, :500], "", colors[:500])
+axes[0, 0].set_ylabel("lines")
+axes[1, 0].set_ylabel("v*")
 plt.show()
 
 # %%
 for i in (15, 30, 45, 60):
-    distance = scflow.EnergyDistance(lines[i])(flow[i])
-    print(f"t = {1 - i / 60:g}: energy distance of the two clouds {distance:.4f}")
-    assert distance < 0.01  # the same law
+    distance = toy_2d.EnergyDistance(lines[i])
+    print(f"t = {1 - i / 60:g}: energy distance of the two clouds {distance(flow[i]):.4f}")
+    assert distance(flow[i]) < 0.01  # the same law
 
 # %% [markdown]
-# *What to see: the two clouds in a column have the same law. Along the lines the colours are stirred; along v\* every
+# *What to see: the two clouds in a column have the same law. Along the lines the colours are mixed; along v\* every
 # colour stays together.*
 
 # %%
@@ -282,10 +296,10 @@ if "get_ipython" in globals():  # a notebook, not a program
     def frame(i):
         for ax, name, points in zip(axes, ("lines", "v*"), (lines, flow)):
             ax.clear()
-            clouds(ax, points[10 * i], shown=100)
-            ax.set_title(f"{name}, t = {1 - i / 6:.2f}")
+            toy_2d.cloud(ax, points[10 * i, :100], f"{name}, t = {1 - i / 6:.2f}", colors[:100])
 
-    display(HTML(FuncAnimation(fig, frame, 7, interval=300).to_jshtml(default_mode="reflect")))
+    movie = FuncAnimation(fig, frame, 7, interval=300)
+    display(HTML(movie.to_jshtml(default_mode="reflect")))
     plt.close(fig)
 
 # %% [markdown]
@@ -303,55 +317,61 @@ if "get_ipython" in globals():  # a notebook, not a program
 # %%
 def accounts(mixture, n=8000, steps=50):
     """Mean squares of chord, bend and spread, per dimension."""
-    (x0, _), x1 = (
-        mixture.sample(n, generator, stratified=True),
-        torch.randn(n, mixture.means.shape[1], generator=generator),
-    )
-    _, path = scflow.sample(mixture, x1, steps, "heun", trajectory=True)
-    bend, spread = [], []
+    x0, _ = mixture.sample(n, generator, stratified=True)
+    x1 = torch.randn(x0.shape, generator=generator)
+    x0_hat, path = scflow.sample(mixture, x1, steps, "heun", trajectory=True)
+    bend = []
+    spread = []
     for x, t in zip(path, torch.linspace(1, 0, steps + 1)):
         t = t.expand(n)
-        bend.append((mixture(x, t) - (x1 - path[-1])).square().mean())
-        spread.append((mixture(scflow.interpolate(x0, x1, t), t) - (x1 - x0)).square().mean())
-    mean = [torch.trapezoid(torch.stack(y), dx=1 / steps).item() for y in (bend, spread)]
-    return (x1 - path[-1]).square().mean().item(), *mean
+        xt = scflow.interpolate(x0, x1, t)
+        bend.append(scflow.squared(mixture(x, t), x1 - x0_hat))
+        spread.append(scflow.squared(mixture(xt, t), x1 - x0))
+    bend = torch.trapezoid(torch.stack(bend), dx=1 / steps)
+    spread = torch.trapezoid(torch.stack(spread), dx=1 / steps)
+    chord = scflow.squared(x1, x0_hat)
+    return chord.item(), bend.item(), spread.item()
 
 
 # %%
-one = scflow.GaussianMixture([[0.0, 0.0]], std=1.0)  # data that are themselves N(0, I)
+one = GaussianMixture([[0.0, 0.0]], std=1.0)  # data that are themselves N(0, I)
 worlds = {"one Gaussian": one, "two modes": two, "eight modes": eight}
-books = {name: accounts(mixture) for name, mixture in worlds.items()}
-for name, (chord, bend, spread) in books.items():
-    mixture = worlds[name]
-    second = mixture.std**2 + (mixture.weights[:, None] * mixture.means**2).sum(0).mean().item()
-    print(f"{name:12s} lines² {1 + second:.3f} = chord² {chord:.3f} + bend² {bend:.3f} + spread² {spread:.3f}")
-    assert abs(chord + bend + spread - (1 + second)) < 0.05 * (1 + second)
-    assert bend > 0.1 and spread > 0.1 and chord < bend + spread
+books = {}
+for name, mixture in worlds.items():
+    chord, bend, spread = accounts(mixture)
+    books[name] = chord, bend, spread
+    square = mixture.std**2 + (mixture.weights @ mixture.means**2).mean().item()  # of the data
+    total = 1 + square  # of the lines: noise and data are independent
+    print(f"{name:12s} lines² {total:.3f} = chord² {chord:.3f} + bend² {bend:.3f} + spread² {spread:.3f}")
+    assert abs(chord + bend + spread - total) < 0.05 * total
+    assert min(bend, spread) > 0.1
+    assert chord < bend + spread
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-_, path = scflow.sample(one, noise[10::20].expand(-1, 2), 50, "heun", trajectory=True)
-shade(axes[0], scflow.GaussianMixture([[0.0]], std=1.0))
-axes[0].plot(torch.linspace(1, 0, 51), path[..., 0], color=STUDENT, lw=1)
+still = GaussianMixture([[0.0]], std=1.0)
+shade(axes[0], still)
+_, path = scflow.sample(still, noise[10::20], 50, "heun", trajectory=True)  # (51,20,1)
+times = torch.linspace(1, 0, 51)
+axes[0].plot(times, path[..., 0], color=STUDENT, lw=1)
 axes[0].set(ylabel="x", title="data = noise, and yet the flow moves")
-start = torch.zeros(3)
-for i, (part, color) in enumerate((("chord²", STUDENT), ("bend²", TEACHER), ("spread²", GREY))):
+parts = {"chord²": STUDENT, "bend²": TEACHER, "spread²": GREY}
+left = torch.zeros(3)
+for i, part in enumerate(parts):
     width = torch.tensor([book[i] for book in books.values()])
-    axes[1].barh(list(books), width, left=start, color=color, label=part, height=0.6)
-    start = start + width
+    axes[1].barh(list(books), width, 0.6, left, color=parts[part], label=part)
+    left = left + width
 axes[1].set(xlabel="mean square per dimension", ylim=(-0.5, 3.3))
-axes[1].legend(frameon=False, ncol=3, loc="upper left")
-plt.tight_layout()
+axes[1].legend(ncol=3, loc="upper left")
 plt.show()
 
 # %% [markdown]
 # *What to see: left, data that are noise already. To stand still would do, but the lines do not know that: on the
-# average they first run together. Right, the accounts; in all three the larger part is not the way from noise to data.*
+# average they first run together. Right, the accounts. In all three the larger part is not the way from noise to data.*
 
 # %%
-halfway, ends = path[25], path[-1]
-assert torch.allclose(halfway, path[0] / math.sqrt(2), atol=1e-3)  # σ_t is least at t = ½
-assert torch.allclose(ends, path[0], atol=1e-3)
+assert torch.allclose(path[25], path[0] / math.sqrt(2), atol=1e-3)  # σ_t is least at t = ½
+assert torch.allclose(path[50], path[0], atol=1e-3)
 
 # %% [markdown]
 # **Exercise.** For one Gaussian N(m, s²I) the spread has a closed form: v = (x_t − x₀)/t, so at a given t it is the
@@ -368,7 +388,7 @@ def mean_spread(s):
 
 # %%
 for s in (0.3, 1.0, 2.0):
-    chord, bend, spread = accounts(scflow.GaussianMixture([[1.0, -0.5]], s))
+    _, bend, spread = accounts(GaussianMixture([[1.0, -0.5]], s))
     assert abs(spread - mean_spread(s)) < 0.03 * mean_spread(s)
     assert abs(bend - (2 * s - mean_spread(s))) < 0.05 * s  # what is left of lines² − chord² = 2s
 
@@ -388,64 +408,68 @@ for s in (0.3, 1.0, 2.0):
 def one_euler_step(x1, mixture):
     """x₁ − v*(x₁,1), without calling the mixture."""
     # your answer
-    return (mixture.weights @ mixture.means).expand_as(x1)  # x₁ says nothing about x₀: the mean of all data
+    mean = mixture.weights @ mixture.means
+    return mean.expand_as(x1)  # x₁ says nothing about x₀: the mean of all data
 
 
 # %%
 for mixture in worlds.values():
-    x1 = torch.randn(200, mixture.means.shape[1], generator=generator)
+    dim = mixture.means.shape[1]
+    x1 = torch.randn(200, dim, generator=generator)
     assert torch.allclose(one_euler_step(x1, mixture), scflow.sample(mixture, x1, steps=1), atol=1e-5)
-density = two.log_density(torch.stack([two.weights @ two.means, two.means[1]]), torch.zeros(2)).exp()
-print(f"density of the data at their mean {density[0]:.5f}, at the upper mode {density[1]:.5f}")
-assert density[0] < 0.01 * density[1]  # all samples land where there are almost no data
+ends = torch.stack([two.weights @ two.means, two.means[1]])  # the mean of all data, and the upper mode
+at_mean, at_mode = two.log_density(ends, torch.zeros(2)).exp()
+print(f"density of the data at their mean {at_mean:.5f}, at the upper mode {at_mode:.5f}")
+assert at_mean < 0.01 * at_mode  # all samples land where there are almost no data
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(10, 3.4), sharey=True)
 for ax, steps in zip(axes, (1, 2, 4, 16)):
     shade(ax, two)
     _, path = scflow.sample(two, noise[10::20], steps, trajectory=True)
-    ax.plot(torch.linspace(1, 0, steps + 1), path[..., 0], color=STUDENT, lw=1)
-    ax.set(title=f"{steps} step" + "s" * (steps > 1), xticks=[1, 0.5, 0])
+    times = torch.linspace(1, 0, steps + 1)
+    ax.plot(times, path[..., 0], color=STUDENT, lw=1)
+    ax.set(title=toy_2d.plural(steps, "step"), xticks=[1, 0.5, 0])
 axes[0].set_ylabel("x")
-plt.tight_layout()
 plt.show()
 
 # %% [markdown]
 # *What to see: Euler's polygons over the density. One step takes all noise to one number, the mean of the data. Two are
-# hardly better; with sixteen the polygon follows the bend.*
+# hardly better. With sixteen the polygon follows the bend.*
 #
 # Heun takes the mean of the slopes at both ends of a step, and pays two evaluations for it. For one Gaussian the flow
 # map is known, f\*(x₁,1) = m + s·x₁, and the orders can be measured.
 
 # %%
-counts = 2 ** torch.arange(2, 11)  # evaluations of v*
-m, x1 = torch.tensor([1.0, -0.5]), torch.randn(500, 2, generator=generator)
+counts = [4, 8, 16, 32, 64, 128, 256, 512, 1024]  # evaluations of v*
+m = torch.tensor([1.0, -0.5], dtype=torch.float64)
+x1 = torch.randn(500, 2, generator=generator).double()
 
 
-def solver_error(s, solver):
-    """RMS distance to the exact flow map for each number of evaluations, in double precision."""
-    v, noise = scflow.GaussianMixture(m[None], s).double(), x1.double()
-    steps = [c // scflow.nfe(1, solver) for c in counts.tolist()]
-    return torch.tensor([scflow.rms_distance(scflow.sample(v, noise, k, solver), m + s * noise) for k in steps])
+def solver_error(s, solver, evaluations):
+    """RMS distance to the exact flow map, in double precision."""
+    exact = GaussianMixture(m[None], s).double()
+    steps = evaluations // scflow.nfe(1, solver)
+    x = scflow.sample(exact, x1, steps, solver)
+    return toy_2d.rms_distance(x, m + s * x1)
 
 
 def order(errors):
     """Minus the slope of the last four points on log-log axes."""
-    x, y = counts[-4:].log(), errors[-4:].log()
-    return -(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+    slope, _ = np.polyfit(np.log(counts[-4:]), np.log(errors[-4:]), 1)
+    return -slope
 
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 4))
-for s, style in ((0.15, "-"), (1.7, "--")):
-    for solver, color, wanted in (("euler", TEACHER, 1), ("heun", STUDENT, 2)):
-        errors = solver_error(s, solver)
-        ax.loglog(counts, errors, color=color, ls=style, marker="o", lw=2, label=f"{solver}, s = {s}")
+for solver, color, wanted in (("euler", TEACHER, 1), ("heun", STUDENT, 2)):
+    for s, style in ((0.15, "-"), (1.7, "--")):
+        errors = [solver_error(s, solver, count) for count in counts]
+        ax.loglog(counts, errors, color=color, ls=style, marker="o", label=f"{solver}, s = {s}")
         print(f"s = {s}: {solver} has order {order(errors):.2f}")
         assert abs(order(errors) - wanted) < 0.15
 ax.set(xlabel="evaluations of v*", ylabel="RMS error of the sample")
-ax.legend(frameon=False)
-plt.tight_layout()
+ax.legend()
 plt.show()
 
 # %% [markdown]
@@ -459,11 +483,9 @@ plt.show()
 # spread² + ‖v − v\*‖²: the first part, the **floor**, no network can lower. We record the second apart.
 
 # %%
-x0, x1, t = (
-    eight.sample(100_000, generator)[0],
-    torch.randn(100_000, 2, generator=generator),
-    torch.rand(100_000, generator=generator),
-)
+x0, _ = eight.sample(100_000, generator)
+x1 = torch.randn(100_000, 2, generator=generator)
+t = torch.rand(100_000, generator=generator)
 xt = scflow.interpolate(x0, x1, t)
 exact = eight(xt, t)
 floor = scflow.flow_matching_loss(exact, x0, x1).item()
@@ -472,28 +494,30 @@ floor = scflow.flow_matching_loss(exact, x0, x1).item()
 @torch.no_grad()  # a measurement
 def excess(net, rows=4000):
     """E‖v − v*‖² per dimension."""
-    return scflow.squared(net(xt[:rows], t[:rows]), exact[:rows]).item()
+    v = net(xt[:rows], t[:rows])
+    return scflow.squared(v, exact[:rows]).item()
 
 
 # %%
 torch.manual_seed(0)
-losses, error = [], {}
+net = scflow.MLP()
 settings = scflow.TeacherSettings(teacher_steps=1000)
-for run in scflow.train_teacher(scflow.MLP(), lambda n, g: (eight.sample(n, g)[0], None), generator, settings):
+losses = []
+errors = {}
+for run in scflow.train_teacher(net, toy_2d.batches(eight), generator, settings):
     losses.append(run.losses["flow"])
     if run.step % 25 == 0:
-        error[run.step] = excess(run.ema)
+        errors[run.step] = excess(run.ema)
 teacher = run.ema  # the average over the last updates
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
 axes[0].plot(losses, color=TEACHER, lw=0.7, label="loss of each batch")
-axes[0].axhline(floor, color="black", ls="--", lw=1.8, label="floor, from v*")
+axes[0].axhline(floor, color="black", ls="--", label="floor, from v*")
 axes[0].set(xlabel="update", ylabel="loss", ylim=(0, 4))
-axes[0].legend(frameon=False)
-axes[1].semilogy(error.keys(), error.values(), color=TEACHER, lw=2.2)
+axes[0].legend()
+axes[1].semilogy(errors.keys(), errors.values(), color=TEACHER)
 axes[1].set(xlabel="update", ylabel="loss − floor = ‖v − v*‖²")
-plt.tight_layout()
 plt.show()
 
 # %% [markdown]
@@ -501,37 +525,30 @@ plt.show()
 # to learn is far smaller than the noise of a batch. **A flow-matching loss that does not move is no sign of failure.***
 
 # %%
-tail, early = torch.tensor(losses[-200:]), error[100]
-print(f"floor {floor:.3f}; last 200 losses {tail.mean():.3f} ± {tail.std():.3f}; ‖v − v*‖² {error[1000]:.4f}")
+tail = torch.tensor(losses[-200:])
+print(f"floor {floor:.3f}; last 200 losses {tail.mean():.3f} ± {tail.std():.3f}; ‖v − v*‖² {errors[1000]:.4f}")
 assert abs(tail.mean() - floor) < 0.1 * floor
-assert error[1000] < early / 3 and error[1000] < tail.std()
-with torch.no_grad():  # the two parts add up
+assert errors[1000] < errors[100] / 3
+assert errors[1000] < tail.std()
+with torch.no_grad():  # a measurement
     total = scflow.flow_matching_loss(teacher(xt, t), x0, x1)
-assert abs(total - floor - excess(teacher, len(xt))) < 0.02
+assert abs(total - floor - excess(teacher, len(xt))) < 0.02  # the two parts add up
 
 # %% [markdown]
 # Where is the network wrong? Against v\* one can say it for every place and time.
 
 # %%
-side = torch.linspace(-3, 3, 81)
-grid = torch.cartesian_prod(side, side)
-fig, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
+side = torch.linspace(-toy_2d.LIMIT, toy_2d.LIMIT, 81)
+grid = torch.cartesian_prod(side, side)  # (81²,2)
+fig, axes = plt.subplots(1, 4, figsize=(10, 3))
 for ax, t in zip(axes, (0.9, 0.5, 0.3, 0.1)):
-    at = torch.full((len(grid),), t)
+    times = torch.full((len(grid),), t)
     with torch.no_grad():  # a picture
-        wrong = (teacher(grid, at) - eight(grid, at)).norm(dim=1)
-    density = eight.log_density(grid, at)
+        wrong = (teacher(grid, times) - eight(grid, times)).norm(dim=1)
+    density = eight.log_density(grid, times)
     wrong[density < density.max() - math.log(1000)] = math.nan  # hardly any line comes here
-    image = ax.imshow(
-        wrong.view(81, 81).T,
-        cmap="YlOrBr",
-        origin="lower",
-        extent=(-3, 3, -3, 3),
-        vmin=0,
-        vmax=1.5,
-        interpolation="nearest",
-    )
-    ax.set(title=f"t = {t}", xticks=[], yticks=[])
+    image = ax.pcolormesh(side, side, wrong.view(81, 81).T, cmap="YlOrBr", vmin=0, vmax=1.5)
+    toy_2d.window(ax, f"t = {t}")
 fig.colorbar(image, ax=axes, label="‖v − v*‖", extend="max", shrink=0.65)
 plt.show()
 
@@ -547,14 +564,12 @@ plt.show()
 # %%
 x1 = torch.randn(2000, 2, generator=generator)
 truth = eight.flow_map(x1, torch.ones(2000), steps=800)
-distance = scflow.EnergyDistance(*eight.sample(2000, generator, stratified=True))
+distance = toy_2d.reference("8gaussians", 2000)  # energy distance to a fixed sample of the data
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.6))
 for ax, steps in zip(axes, (1, 2, 4, 8, 64)):
     x = scflow.sample(teacher, x1, steps)
-    ax.scatter(*x[:600].T, s=3, color=TEACHER, lw=0)
-    ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
-    ax.set(title=f"{steps} step" + "s" * (steps > 1), xlabel=f"10³ × distance: {1e3 * distance(x):.1f}")
-plt.tight_layout()
+    toy_2d.cloud(ax, x[:600], toy_2d.plural(steps, "step"), TEACHER)
+    ax.set_xlabel(f"10³ × distance: {1e3 * distance(x):.1f}")
 plt.show()
 
 # %% [markdown]
@@ -564,22 +579,25 @@ plt.show()
 # And here the two errors apart: v\* has only the first.
 
 # %%
-counts, result = [2**k for k in range(1, 8)], {}
-for name, net in (("v*", eight), ("teacher", teacher)):
+counts = [2, 4, 8, 16, 32, 64, 128]
+result = {}
+for name, velocity in (("v*", eight), ("teacher", teacher)):
     for solver in ("euler", "heun"):
-        steps = [c // scflow.nfe(1, solver) for c in counts]
-        result[name, solver] = [scflow.rms_distance(scflow.sample(net, x1, k, solver), truth) for k in steps]
+        result[name, solver] = []
+        for count in counts:
+            x = scflow.sample(velocity, x1, count // scflow.nfe(1, solver), solver)
+            result[name, solver].append(toy_2d.rms_distance(x, truth))
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 4.2))
-for (name, solver), errors in result.items():
-    color, style = {"v*": GREY, "teacher": TEACHER}[name], {"euler": "o-", "heun": "s--"}[solver]
-    ax.loglog(counts, errors, style, color=color, lw=2.2, ms=7, label=f"{name}, {solver}")
+for (name, solver), values in result.items():
+    color = TEACHER if name == "teacher" else GREY
+    style = "o-" if solver == "euler" else "s--"
+    ax.loglog(counts, values, style, color=color, ms=7, label=f"{name}, {solver}")
 ax.set(xlabel="evaluations", ylabel="RMS distance to the exact sample")
 ax.set_xticks(counts, counts)
 ax.minorticks_off()
-ax.legend(frameon=False)
-plt.tight_layout()
+ax.legend()
 plt.show()
 
 # %% [markdown]

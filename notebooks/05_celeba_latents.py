@@ -25,31 +25,36 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
+from einops import rearrange
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = [".", ".."]  # a clone holds scflow.py here or one folder up
+sys.path.insert(0, "..")  # a clone holds scflow.py and the scripts one folder up,
+sys.path.insert(0, ".")  # or here
 try:
     import celeba_latent
-    import scflow
-except ImportError:  # a hosted notebook: fetch it once
+except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
     import celeba_latent
-    import scflow
+import scflow
+import toy_2d
+from celeba_latent import frechet_distance, knn_coverage
 
 torch.set_num_threads(1)  # networks this small run best in one thread
-GREY = "#999999"
-plt.rcParams.update({"font.size": 12, "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(toy_2d.STYLE)
+plt.rcParams["figure.dpi"] = 80
 generator = torch.Generator().manual_seed(0)
 
 
 def sheet(rows):
     """Rows of pictures, {title: (n,3,S,S) in [0,1]}."""
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 1.05 * len(rows)), squeeze=False)
-    for ax, (title, pictures) in zip(axes[:, 0], rows.items()):
-        ax.imshow(torch.cat(list(pictures), 2).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-        ax.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=11)
+    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 1.05 * len(rows)))
+    for ax, (title, pictures) in zip(axes, rows.items()):
+        strip = rearrange(pictures.clamp(0, 1), "n c h w -> h (n w) c")
+        ax.imshow(strip.numpy(), interpolation="nearest")
+        ax.set_ylabel(title, rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    fig.subplots_adjust(0.16, 0, 1, 1, hspace=0.06)
     plt.show()
 
 
@@ -60,8 +65,10 @@ def sheet(rows):
 # downloaded, and there are as many as you like.
 
 # %%
-faces = celeba_latent.draw_faces(torch.rand(6000, celeba_latent.TRAITS, generator=generator))  # (6000, 3, 32, 32)
-held_out, train = faces[:1000], faces[1000:]
+numbers = torch.rand(6000, len(celeba_latent.TRAITS), generator=generator)
+faces = celeba_latent.draw_faces(numbers)  # (6000,3,32,32)
+held_out = faces[:1000]
+train = faces[1000:]
 sheet({"faces": train[:9], "more faces": train[9:18]})
 
 # %% [markdown]
@@ -73,8 +80,9 @@ sheet({"faces": train[:9], "more faces": train[9:18]})
 # %%
 autoencoder = celeba_latent.PatchPCA(factor=16, channels=48)
 kept = autoencoder.fit(train[:2000])
-latents = autoencoder.encode(train)  # (5000, 48, 2, 2)
-mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
+latents = autoencoder.encode(train)  # (5000,48,2,2)
+mean = latents.mean((0, 2, 3), keepdim=True)
+std = latents.std((0, 2, 3), keepdim=True)
 latents = (latents - mean) / std  # noise has deviation 1, so the data should
 
 
@@ -100,9 +108,12 @@ def psnr(a, b):
     return -10 * (a - b).square().mean().log10().item()
 
 
+# %%
 assert abs(psnr(torch.zeros(4), torch.full((4,), 0.1)) - 20) < 1e-4
-print(f"autoencoder: {psnr(again, held_out):.1f} dB; the mean picture: {psnr(train.mean(0), held_out):.1f} dB")
-assert psnr(again, held_out) > psnr(train.mean(0), held_out) + 8
+ours = psnr(again, held_out)
+trivial = psnr(train.mean(0), held_out)
+print(f"autoencoder: {ours:.1f} dB; the mean picture: {trivial:.1f} dB")
+assert ours > trivial + 8
 
 # %% [markdown]
 # ## A transformer for the velocity
@@ -114,11 +125,11 @@ assert psnr(again, held_out) > psnr(train.mean(0), held_out) + 8
 shape = tuple(latents.shape[1:])
 torch.manual_seed(0)
 net = scflow.DiT(shape, patch=1, dim=128, depth=3, heads=4)
-some, t = latents[:5], torch.rand(5, generator=generator)
-tokens = scflow.patchify(some, 1)  # (5, 4, 48): a token for each quarter
+some = latents[:5]
+t = torch.rand(5, generator=generator)
+tokens = scflow.patchify(some, 1)  # (5,4,48): a token for each quarter
 assert torch.equal(scflow.unpatchify(tokens, 1, 2, 2), some)
 assert torch.equal(net(some, t), torch.zeros_like(some))
-print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {net.flops() / 1e6:.1f} MFLOP a pass")
 
 # %% [markdown]
 # ## The same two loops
@@ -130,27 +141,33 @@ print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {net.
 # %%
 def batch(n, generator):
     """Latents, and no condition."""
-    return latents[torch.randint(len(latents), (n,), generator=generator)], None
+    rows = torch.randint(len(latents), (n,), generator=generator)
+    return latents[rows], None
 
 
+# %%
 settings = scflow.TeacherSettings(teacher_steps=600, teacher_batch=64, teacher_lr=1e-3)
-*_, run = scflow.train_teacher(net, batch, generator, settings)
-teacher = run.ema
-first, last = celeba_latent.SCHEDULES["two_phase"]  # the toy's with a weaker critic and a wider window
-first, last = replace(first, steps=300), replace(last, steps=100)  # shortened: this is a lecture
-critic = scflow.LatentDiscriminator(shape, width=32)
-*_, run = scflow.distill(teacher, critic, batch, generator, (first, last))
-student = run.ema
+for run in scflow.train_teacher(net, batch, generator, settings):
+    teacher = run.ema
+
+# %%
+first, last = celeba_latent.SCHEDULES["two_phase"]
+first = replace(first, steps=300)  # shortened: this is a lecture
+last = replace(last, steps=100)
+critic = scflow.LatentCritic(shape, width=32)
+for run in scflow.distill(teacher, critic, batch, generator, (first, last)):
+    student = run.ema
 
 # %%
 noise = torch.randn(9, *shape, generator=generator)
-rows = {"held out": again[:9]}
-for name, model, steps in (
-    ("teacher", teacher, 1),
-    ("teacher", teacher, 50),
-    *(("student", student, n) for n in (1, 2, 4)),
-):
-    rows[f"{name}, {steps}"] = decode(scflow.sample(model, noise, steps))
+rows = {
+    "held out": again[:9],
+    "teacher, 1": decode(scflow.sample(teacher, noise, 1)),
+    "teacher, 50": decode(scflow.sample(teacher, noise, 50)),
+    "student, 1": decode(scflow.sample(student, noise, 1)),
+    "student, 2": decode(scflow.sample(student, noise, 2)),
+    "student, 4": decode(scflow.sample(student, noise, 4)),
+}
 sheet(rows)
 
 # %% [markdown]
@@ -164,25 +181,29 @@ sheet(rows)
 # It is never zero: true pictures against true pictures show why.
 
 # %%
-flat = train[:1000].flatten(1)
-pixels = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:32].T
+flat = train[:1000].flatten(1)  # (1000,3072)
+_, _, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
 
 
 def features(pictures):
     """32 principal components of the pixels, (N,32)."""
-    return pictures.flatten(1) @ pixels
+    return pictures.flatten(1) @ components[:32].T
 
 
 reference = features(held_out)
 counts = [50, 100, 200, 400, 800, 1600, 3200]
-true = [scflow.frechet_distance(features(train[-n:]), reference) for n in counts]
+true = [frechet_distance(features(train[-n:]), reference) for n in counts]
+for i in range(4):
+    assert true[i] > true[i + 1]
+assert true[-1] > 0
+
+# %%
 fig, ax = plt.subplots(figsize=(6.5, 3.6))
-ax.loglog(counts, true, "o-", color=GREY, lw=2)
+ax.loglog(counts, true, "o-", color=toy_2d.GREY)
 ax.set(xlabel="number of true pictures", ylabel="Fréchet distance")
 ax.set_xticks(counts, counts)
 ax.minorticks_off()
 plt.show()
-assert all(a > b for a, b in zip(true[:4], true[1:5])) and true[-1] > 0
 
 # %% [markdown]
 # *What to see: real pictures, and the distance is far from zero when they are few. So the number of samples belongs to
@@ -190,20 +211,21 @@ assert all(a > b for a, b in zip(true[:4], true[1:5])) and true[-1] > 0
 
 # %%
 n = 1000
-floor = scflow.frechet_distance(features(decode(latents[-n:])), reference)
-start = torch.randn(n, *shape, generator=generator)
+floor = frechet_distance(features(decode(latents[-n:])), reference)
+noise = torch.randn(n, *shape, generator=generator)
+distances = {}
 print(f"floor, with the autoencoder's loss: {floor:.3f}; less that floor:")
-distance = {}
 for name, model, steps in (
     ("teacher", teacher, 1),
     ("teacher", teacher, 50),
     ("student", student, 1),
     ("student", student, 4),
 ):
-    x = features(decode(scflow.sample(model, start, steps)))
-    distance[name, steps] = scflow.frechet_distance(x, reference) - floor
-    print(f"  {name} {steps:2}: {distance[name, steps]:7.3f}, coverage {scflow.knn_coverage(reference, x):.2f}")
-assert distance["student", 1] < distance["teacher", 1] / 5
+    x = features(decode(scflow.sample(model, noise, steps)))
+    distance = frechet_distance(x, reference) - floor
+    distances[name, steps] = distance
+    print(f"  {name} {steps:2}: {distance:7.3f}, coverage {knn_coverage(reference, x):.2f}")
+assert distances["student", 1] < distances["teacher", 1] / 5
 
 # %% [markdown]
 # A Fréchet distance sees means and covariances, and nothing else.
@@ -216,29 +238,50 @@ assert distance["student", 1] < distance["teacher", 1] / 5
 def impostor(n, d):
     """Rows (n,d) of mean 0 and covariance I that are not Gaussian."""
     # your answer
-    scale = torch.where(torch.rand(n, 1, generator=generator) < 0.5, 0.2, (2 - 0.2**2) ** 0.5)  # mean square 1
+    near = torch.rand(n, 1, generator=generator) < 0.5
+    scale = torch.where(near, 0.2, (2 - 0.2**2) ** 0.5)  # the mean of its square is 1
     return scale * torch.randn(n, d, generator=generator)
 
 
-a, b = (torch.randn(4000, 16, generator=generator) for _ in range(2))
+# %%
+a = torch.randn(4000, 16, generator=generator)
+b = torch.randn(4000, 16, generator=generator)
 fake = impostor(4000, 16)
-print(f"Fréchet: true {scflow.frechet_distance(a, b):.3f}, impostor {scflow.frechet_distance(fake, b):.3f}")
-print(f"coverage: true {scflow.knn_coverage(b, a):.2f}, impostor {scflow.knn_coverage(b, fake):.2f}")
-assert scflow.frechet_distance(fake, b) < 3 * scflow.frechet_distance(a, b) + 0.05
-assert scflow.knn_coverage(b, fake) < scflow.knn_coverage(b, a) - 0.2
+distance_true = frechet_distance(a, b)
+distance_fake = frechet_distance(fake, b)
+coverage_true = knn_coverage(b, a)
+coverage_fake = knn_coverage(b, fake)
+print(f"Fréchet: true {distance_true:.3f}, impostor {distance_fake:.3f}")
+print(f"coverage: true {coverage_true:.2f}, impostor {coverage_fake:.2f}")
+assert distance_fake < 3 * distance_true + 0.05
+assert coverage_fake < coverage_true - 0.2
 
 # %% [markdown]
 # ## On a GPU
 #
-# Nothing above names a device. What grows is the network. A pass of the small net, of a DiT-S and of a DiT-B on 256
-# tokens (latents of 256-pixel faces, patches of two), and an update of the student's first phase:
+# Nothing above names a device. What grows is the network: here the parameters of the net above, of a DiT-S and of a
+# DiT-B on 256 tokens (latents of 256-pixel faces, patches of two), and the operations of a pass of one row.
+# `python -m experiments.speed` counts and times whole updates.
+
 
 # %%
-with torch.device("meta"):  # shapes without memory
-    nets = {"DiT-S": scflow.DiT((4, 32, 32), 2, 384, 12, 6), "DiT-B": scflow.DiT((4, 32, 32), 2, 768, 12, 12)}
-for name, model in {"this notebook": net, **nets}.items():
-    update = 32 * scflow.distill_flops(model, scflow.LatentDiscriminator(model.shape), first, 0)
-    print(f"{name:14} {model.flops() / 1e9:8.3f} GFLOP a pass, {update / 1e12:7.3f} TFLOP an update of 32")
+def count(net):
+    """Floating-point operations of a pass of one row, counted as it runs."""
+    x = torch.zeros(1, *net.shape)
+    # The counter does not see into the fused attention of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x, torch.zeros(1))
+    return counter.get_total_flops()
+
+
+nets = {
+    "this notebook": net,
+    "DiT-S": scflow.DiT((4, 32, 32), 2, **celeba_latent.SIZES["S"]),
+    "DiT-B": scflow.DiT((4, 32, 32), 2, **celeba_latent.SIZES["B"]),
+}
+for name, model in nets.items():
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{name:14} {parameters / 1e6:6.1f} M parameters, {count(model) / 1e9:7.3f} GFLOP a pass")
 
 # %% [markdown]
 # **The answer.** The method did not notice. The representation did: what the autoencoder loses is lost, what the

@@ -1,0 +1,718 @@
+"""What else the same time buys: the method's relatives, each a few lines from its paper.
+
+    python -m experiments.relatives                       all methods, four data sets, three seeds
+    python -m experiments.relatives --methods MeanFlow shortcut --datasets spirals --shares 0.5 1
+    python -m experiments.relatives --tune --seeds 100 --shares 0.25 --datasets 8gaussians checkerboard
+    python -m experiments.relatives --costs               what an update takes here, by turns
+
+Every method has one perceptron, one loop, and the time of the default run of toy_2d.py, in which it also pays for
+its teacher and its pairs. Time is counted in updates of flow matching (`COST`): what else the machine does has no say.
+"""
+
+import inspect
+import itertools
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import jvp
+
+import scflow
+import toy_2d
+from experiments import common
+from scflow import interpolate, predict_x0, pseudo_huber, require, squared
+
+# ═══ 1. The losses ════════════════════════════════════════════════════════════════════════
+# loss(lab, x0, x1, t) for a pair x₀, x₁ (B,2) and times t (B,). `lab` has .net, which is trained; .average, a fast
+# average of it, asked where no gradient should go; .teacher; and .generator.
+#
+# What does the network say? A velocity, v(x,t); or where the path ends, f(x,t) = x − t·v(x,t); or a jump from t to
+# any s, X(x,t,s) = x − (t−s)·u(x,t,s), by the average velocity u in between.
+
+
+def flow_matching(lab, x0, x1, t):
+    """Flow matching (Lipman et al., 2023; Liu et al., 2023): regress on x₁ − x₀. Every relative starts here."""
+    v = lab.net(interpolate(x0, x1, t), t)
+    return scflow.flow_matching_loss(v, x0, x1)
+
+
+def contrastive(lab, x0, x1, t, weight):
+    """Contrastive flow matching (Stoica et al., 2025): also, away from the velocity of another pair."""
+    v = lab.net(interpolate(x0, x1, t), t)
+    other = torch.randperm(len(t), generator=lab.generator)
+    near = scflow.flow_matching_loss(v, x0, x1)
+    far = scflow.flow_matching_loss(v, x0[other], x1[other])
+    return near - weight * far
+
+
+def paired_regression(lab, x0, x1, t):
+    """Knowledge distillation (Luhman & Luhman, 2021): x₀ is what a teacher makes of x₁. Say it in one step."""
+    one = torch.ones_like(t)
+    return pseudo_huber(predict_x0(lab.net, x1, one), x0)
+
+
+def earlier(lab, t, window):
+    """s = t − U(0, min(t,window)), (B,)."""
+    return t - scflow.rand_times(t, lab.generator) * t.clamp(max=window)
+
+
+def consistency_distillation(lab, x0, x1, t, window):
+    """Consistency distillation (Song et al., 2023): the ends agree, seen from two points of the teacher's path."""
+    s = earlier(lab, t, window)
+    xt = interpolate(x0, x1, t)
+    with torch.no_grad():  # a target is a constant, here and below
+        xs = scflow.follow(lab.teacher, xt, t, s)
+        target = predict_x0(lab.average, xs, s)
+    return pseudo_huber(predict_x0(lab.net, xt, t), target)
+
+
+def consistency_training(lab, x0, x1, t, window):
+    """Consistency training (Song et al., 2023): without a teacher. Both points lie on the line of the pair."""
+    s = earlier(lab, t, window)
+    xt = interpolate(x0, x1, t)
+    xs = interpolate(x0, x1, s)
+    with torch.no_grad():
+        target = predict_x0(lab.average, xs, s)
+    return pseudo_huber(predict_x0(lab.net, xt, t), target)
+
+
+def generated_pairs(lab, x0, x1, t, window, own):
+    """Generator-augmented flows (Issenhuth et al., 2024): of the lines, `own` end in the network's own answer."""
+    n = round(own * len(t))
+    xt = interpolate(x0[:n], x1[:n], t[:n])
+    with torch.no_grad():
+        answer = predict_x0(lab.average, xt, t[:n])
+    x0 = torch.cat([answer, x0[n:]])
+    return consistency_training(lab, x0, x1, t, window)
+
+
+def velocity_consistency(lab, x0, x1, t, window, weight):
+    """Consistency-FM (Yang et al., 2024): consistency training; and the velocities agree, too."""
+    s = earlier(lab, t, window)
+    xt = interpolate(x0, x1, t)
+    xs = interpolate(x0, x1, s)
+    v_t = lab.net(xt, t)
+    with torch.no_grad():
+        v_s = lab.average(xs, s)
+    f_t = xt - t[:, None] * v_t
+    f_s = xs - s[:, None] * v_s
+    return pseudo_huber(f_t, f_s) + weight * squared(v_t, v_s)
+
+
+def boot_step(y, f, t, s):
+    """y at s from y at t, along dy/dt = (y − f)/(t(1−t)) with the teacher's guess f held still."""
+    ratio = s * (1 - t) / (t * (1 - s)).clamp(min=1e-6)
+    return f + ratio[:, None] * (y - f)
+
+
+def boot(lab, x0, x1, t, window, weight):
+    """BOOT (Gu et al., 2023): from noise alone, for it never sees x₀ or x_t.
+
+    Of a path it learns y(x₁,t) = (x_t − t·x₁)/(1−t), the part that is not noise: at t = 1 the teacher's guess, at
+    t = 0 the sample. Here y = x₁ − net(x₁,t).
+    """
+    t = t.clamp(0.01, 0.99)
+    s = earlier(lab, t, window)
+    one = torch.ones_like(t)
+    with torch.no_grad():
+        y_t = x1 - lab.average(x1, t)
+        xt = interpolate(y_t, x1, t)
+        guess = predict_x0(lab.teacher, xt, t)
+        target = boot_step(y_t, guess, t, s)
+        first = predict_x0(lab.teacher, x1, one)
+    y_s = x1 - lab.net(x1, s)
+    y_1 = x1 - lab.net(x1, one)
+    return squared(y_s, target) + weight * squared(y_1, first)
+
+
+class TwoTimes(scflow.MLP):
+    """u(x,t,s): the same perceptron, told one more time. u(x,t,t) is the velocity."""
+
+    def __init__(self):
+        super().__init__()
+        first = self.layers[0]
+        self.layers[0] = nn.Linear(first.in_features + 2 * len(self.t_freqs), first.out_features)
+
+    def forward(self, x, t, s):
+        """Average velocity (B,2) from times t to times s (B,)."""
+        a = (x[..., None] * self.x_freqs).flatten(1)
+        b = t[:, None] * self.t_freqs
+        c = s[:, None] * self.t_freqs
+        features = [x, a.sin(), a.cos(), b.sin(), b.cos(), c.sin(), c.cos()]
+        return self.layers(torch.cat(features, 1))
+
+
+def jump(u, x, t, s):
+    """X(x,t,s), given the average velocity u (B,2) itself."""
+    return x - (t - s)[:, None] * u
+
+
+def half_jumps(u, x, t, d, shortest=0.0):
+    """The average velocity of two jumps of d/2 from t. Jumps of `shortest` or less are taken for a velocity."""
+    half = d / 2
+    told = torch.where(half <= shortest, 0 * half, half)
+    first = u(x, t, t - told)
+    middle = jump(first, x, t, t - half)
+    second = u(middle, t - half, t - half - told)
+    return (first + second) / 2
+
+
+def shortcut(lab, x0, x1, t, jumping, halvings):
+    """Shortcut models (Frans et al., 2025): a jump is two half jumps. The other rows learn flow matching."""
+    n = round(jumping * len(t))
+    d = 0.5 ** torch.randint(halvings, (n,), generator=lab.generator)
+    place = torch.rand(n, generator=lab.generator) / d
+    start = 1 - d * place.floor()  # a multiple of d from the noise
+    t = torch.cat([start, t[n:]])
+    s = torch.cat([start - d, t[n:]])
+    xt = interpolate(x0, x1, t)
+    with torch.no_grad():
+        jumps = half_jumps(lab.average, xt[:n], start, d, 0.5**halvings)
+    target = torch.cat([jumps, (x1 - x0)[n:]])
+    return squared(lab.net(xt, t, s), target)
+
+
+def lagrangian_residual(u, velocity, x, t, s):
+    """∂ₛX(x,t,s) − v(X,s): where a jump lands, it must move with the velocity there."""
+
+    def average(s):
+        return u(x, t, s)
+
+    u_s, slope = jvp(average, (s,), (torch.ones_like(s),))
+    moving = u_s - (t - s)[:, None] * slope
+    return moving - velocity(jump(u_s, x, t, s), s)
+
+
+def flow_map_matching(lab, x0, x1, t, diagonal):
+    """Flow map matching (Boffi et al., 2024), the Lagrangian loss; `diagonal` of the rows have s = t."""
+    s = t * scflow.rand_times(t, lab.generator)
+    n = round(diagonal * len(t))
+    s[:n] = t[:n]
+    xt = interpolate(x0, x1, t)
+    return lagrangian_residual(lab.net, lab.teacher, xt, t, s).square().mean()
+
+
+def mean_flow_target(u, v, x, t, s):
+    """u(x,t,s), and what it must equal: v − (t−s)·du/dt along the path, since d/dt [(t−s)·u] = v."""
+
+    def average(x, t):
+        return u(x, t, s)
+
+    u_t, rate = jvp(average, (x, t), (v, torch.ones_like(t)))
+    return u_t, v - (t - s)[:, None] * rate
+
+
+def mean_flow(lab, x0, x1, t, jumping, power):
+    """MeanFlow (Geng et al., 2025): the start of a jump may slide along the path. The other rows have s = t."""
+    s = t * scflow.rand_times(t, lab.generator)
+    n = round(jumping * len(t))
+    s[n:] = t[n:]
+    xt = interpolate(x0, x1, t)
+    u, target = mean_flow_target(lab.net, x1 - x0, xt, t, s)
+    error = (u - target.detach()).square().sum(1)
+    weight = (error.detach() + 1e-3) ** -power  # large errors count less
+    return (weight * error).mean()
+
+
+# ═══ 2. The time, and the loop ════════════════════════════════════════════════════════════
+
+# One update of each loss, in updates of flow matching: `--costs` measures it again.
+COST = {
+    "flow_matching": 1.0,
+    "contrastive": 1.05,
+    "paired_regression": 1.0,
+    "consistency_distillation": 1.6,
+    "consistency_training": 1.4,
+    "generated_pairs": 1.55,
+    "velocity_consistency": 1.4,
+    "boot": 2.35,
+    "shortcut": 1.55,
+    "flow_map_matching": 3.5,
+    "mean_flow": 2.6,
+    "phase_1": 2.3,
+    "phase_2": 2.1,
+    "paper": 4.1,
+    "thousand_samples": 0.5,  # one evaluation each, without gradient
+}
+ROWS = 512  # of every update
+(PAPER,) = scflow.SCHEDULES["paper"]
+FIRST, LAST = scflow.SCHEDULES["two_phase"]
+TEACHER = scflow.TeacherSettings()
+BUDGET = TEACHER.teacher_steps + FIRST.steps * COST["phase_1"] + LAST.steps * COST["phase_2"]
+
+
+class Lab:
+    """One data set, one seed, and the time that is left. `share` of the default run's time shortens all alike."""
+
+    def __init__(self, dataset: str, seed: int = 0, share: float = 1.0):
+        torch.manual_seed(seed)
+        self.data = toy_2d.dataset(dataset)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.share = share
+        self.left = share * BUDGET
+        self.updates = 0
+        self.teacher = None
+
+    def draw(self, n):
+        """Data and noise, drawn apart: x₀, x₁ (n,2)."""
+        x0, _ = self.data.sample(n, self.generator)
+        x1 = torch.randn(n, 2, generator=self.generator)
+        return x0, x1
+
+    def train(self, net, loss, updates, lr, draw=None, pinned=0.0, **options):
+        """The loop of every method but ours; yields after each update.
+
+        draw    where the pairs come from, if not from `self.draw`.
+        pinned  share of the rows whose t is 1.
+        """
+        draw = draw or self.draw
+        self.net = net
+        self.average = scflow.clone(net)
+        self.slow = scflow.clone(net)  # the network to sample with
+        opt = scflow.adamw(net, lr)
+        for i in range(updates):
+            scflow.set_lr(opt, lr * scflow.lr_factor(i, updates))
+            x0, x1 = draw(ROWS)
+            t = scflow.rand_times(x0, self.generator)
+            t[: round(pinned * ROWS)] = 1
+            value = loss(self, x0, x1, t, **options)
+            if not value.isfinite():
+                raise FloatingPointError(f"the loss became {value.item()} in update {i + 1}")
+            opt.zero_grad()
+            value.backward()
+            opt.step()
+            scflow.ema_update(self.average, net, 0.9)
+            scflow.ema_update(self.slow, net, scflow.growing(i, 0.9999))
+            self.updates += 1
+            yield self
+
+    def fit(self, net, loss, lr, **options):
+        """Train `net` for the time that is left; returns its average."""
+        updates = int(self.left / COST[loss.__name__])
+        for _ in self.train(net, loss, updates, lr, **options):
+            pass
+        return self.slow
+
+    def fit_teacher(self):
+        """Train the teacher of the default run, and pay for it."""
+        steps = round(self.share * TEACHER.teacher_steps)
+        settings = replace(TEACHER, teacher_steps=steps)
+        batch = toy_2d.batches(self.data)
+        for run in scflow.train_teacher(scflow.MLP(), batch, self.generator, settings):
+            pass
+        self.teacher = scflow.clone(run.ema)
+        self.updates += steps
+        self.left -= steps
+
+    def from_teacher(self):
+        """A network that starts as the teacher."""
+        return scflow.clone(self.teacher).requires_grad_(True)
+
+    def pairs(self, count, steps):
+        """Make `count` pairs (x̂₀,x₁) by that many Heun steps of the teacher, and pay; returns how to draw of them."""
+        count = round(self.share * count)
+        x1 = torch.randn(count, 2, generator=self.generator)
+        x0 = torch.cat([scflow.sample(self.teacher, x, steps, "heun") for x in x1.split(1000)])
+        self.left -= COST["thousand_samples"] * count / 1000 * scflow.nfe(steps, "heun")
+
+        def draw(n):
+            row = torch.randint(count, (n,), generator=self.generator)
+            return x0[row], x1[row]
+
+        return draw
+
+    def distill(self, phases):
+        """`scflow.distill` for the time that is left; phases are {name in COST: Phase}. Returns the average."""
+        self.fit_teacher()
+        schedule = tuple(phases.values())
+        steps = sum(phase.steps for phase in schedule)
+        cost = sum(phase.steps * COST[name] for name, phase in phases.items())
+        schedule = scflow.rescale(schedule, steps * self.left / cost)
+        batch = toy_2d.batches(self.data)
+        for run in scflow.distill(self.teacher, scflow.PointCritic(), batch, self.generator, schedule):
+            pass
+        self.updates += run.step
+        return run.ema
+
+
+# ═══ 3. The samplers: (net, noise (n,2), steps) → samples ═════════════════════════════════
+
+
+def renoised(net, noise, steps):
+    """Consistency models take more steps by going back to noise."""
+    fresh = torch.Generator().manual_seed(3 * 10**6)  # no seed that the noise may have
+    return scflow.sample(net, noise, steps, "renoise", generator=fresh)
+
+
+@torch.no_grad()  # a sampler never trains anything
+def jumped(net, noise, steps):
+    """So many jumps of equal length."""
+    x = noise
+    times = torch.linspace(1, 0, steps + 1)
+    for i in range(steps):
+        t = times[i].expand(len(x))
+        s = times[i + 1].expand(len(x))
+        x = jump(net(x, t, s), x, t, s)
+    return x
+
+
+@torch.no_grad()  # as above
+def booted(net, noise, steps):
+    """BOOT knows one step only."""
+    t = torch.full((len(noise),), 0.01)
+    return noise - net(noise, t)
+
+
+# ═══ 4. The methods: lab → sampler (noise, steps) ═════════════════════════════════════════
+# The settings are the best of TRIALS: eight Gaussians and the checkerboard, a quarter of the time, seed 100, the mean
+# over all numbers of steps (results/relatives-tuning.md).
+
+
+def plain(lab, lr=8e-3):
+    net = lab.fit(scflow.MLP(), flow_matching, lr)
+    return partial(scflow.sample, net)
+
+
+def contrasted(lab, weight=0.1, lr=2e-3):
+    net = lab.fit(scflow.MLP(), contrastive, lr, weight=weight)
+    return partial(scflow.sample, net)
+
+
+def rectified(lab, pinned=0.5, steps=10, lr=4e-3):
+    """2-rectified flow (Liu et al., 2023): flow matching again, on lines that hardly cross. See Lee et al., 2024."""
+    lab.fit_teacher()
+    draw = lab.pairs(50_000, steps)
+    net = lab.fit(lab.from_teacher(), flow_matching, lr, draw=draw, pinned=pinned)
+    return partial(scflow.sample, net)
+
+
+def regressed(lab, count=50_000, steps=20, lr=8e-3):
+    lab.fit_teacher()
+    draw = lab.pairs(count, steps)
+    net = lab.fit(lab.from_teacher(), paired_regression, lr, draw=draw)
+    return partial(scflow.sample, net)
+
+
+def distilled(lab, window=0.05, lr=2e-3):
+    lab.fit_teacher()
+    net = lab.fit(lab.from_teacher(), consistency_distillation, lr, window=window)
+    return partial(renoised, net)
+
+
+def consistent(lab, window=0.05, lr=8e-3):
+    net = lab.fit(scflow.MLP(), consistency_training, lr, window=window)
+    return partial(renoised, net)
+
+
+def generated(lab, window=0.05, own=0.25, lr=4e-3):
+    net = lab.fit(scflow.MLP(), generated_pairs, lr, window=window, own=own)
+    return partial(renoised, net)
+
+
+def consistent_velocity(lab, window=0.1, weight=0.1, lr=4e-3):
+    net = lab.fit(scflow.MLP(), velocity_consistency, lr, window=window, weight=weight)
+    return partial(scflow.sample, net)
+
+
+def bootstrapped(lab, window=0.1, weight=0.3, lr=4e-3):
+    lab.fit_teacher()
+    net = lab.fit(scflow.MLP(), boot, lr, window=window, weight=weight)
+    return partial(booted, net)
+
+
+def halved(lab, jumping=0.5, halvings=6, lr=4e-3):
+    net = lab.fit(TwoTimes(), shortcut, lr, jumping=jumping, halvings=halvings)
+    return partial(jumped, net)
+
+
+def mapped(lab, diagonal=0.25, lr=8e-3):
+    lab.fit_teacher()
+    net = lab.fit(TwoTimes(), flow_map_matching, lr, diagonal=diagonal)
+    return partial(jumped, net)
+
+
+def averaged(lab, jumping=0.75, power=0.0, lr=4e-3):
+    net = lab.fit(TwoTimes(), mean_flow, lr, jumping=jumping, power=power)
+    return partial(jumped, net)
+
+
+def jointly(lab, weight=0.3, tau=0.4, lr=8e-3):
+    """The paper's losses, all at once (Dao et al., 2025)."""
+    net = lab.distill({"paper": replace(PAPER, lambda_self=weight, tau=tau, lr=lr)})
+    return partial(scflow.sample, net)
+
+
+def ours(lab, window=0.5, lr=1.6e-2, pinned=0.5):
+    """This project's schedule, with as few trials as the others had."""
+    first = replace(FIRST, delta=window, lr=lr)
+    last = replace(LAST, pinned=pinned)
+    net = lab.distill({"phase_1": first, "phase_2": last})
+    return partial(scflow.sample, net)
+
+
+def default(lab):
+    """This project's schedule as it stands in scflow.py, found in more and longer trials."""
+    net = lab.distill({"phase_1": FIRST, "phase_2": LAST})
+    return partial(scflow.sample, net)
+
+
+OURS = "two_phase (ours)"
+METHODS = {
+    "flow matching": plain,
+    "contrastive flow matching": contrasted,
+    "2-rectified flow": rectified,
+    "paired regression": regressed,
+    "consistency distillation": distilled,
+    "consistency training": consistent,
+    "generated pairs": generated,
+    "Consistency-FM": consistent_velocity,
+    "BOOT": bootstrapped,
+    "shortcut": halved,
+    "flow map matching": mapped,
+    "MeanFlow": averaged,
+    "self-corrected, jointly": jointly,
+    OURS: ours,
+    "two_phase, the default": default,
+}
+ONE_STEP = ("paired regression", "BOOT")  # the others are measured in 1, 2, 4 and 8 steps
+
+# At most twelve settings for each method.
+TRIALS = {
+    "flow matching": {"lr": (2e-3, 4e-3, 8e-3)},
+    "contrastive flow matching": {"weight": (0.02, 0.05, 0.1), "lr": (2e-3, 4e-3, 8e-3)},
+    "2-rectified flow": {"pinned": (0.1, 0.25, 0.5), "steps": (10, 20), "lr": (2e-3, 4e-3)},
+    "paired regression": {"count": (50_000, 100_000), "steps": (10, 20), "lr": (2e-3, 4e-3, 8e-3)},
+    "consistency distillation": {"window": (0.02, 0.05, 0.1, 0.2), "lr": (2e-3, 4e-3, 8e-3)},
+    "consistency training": {"window": (0.02, 0.05, 0.1, 0.2), "lr": (2e-3, 4e-3, 8e-3)},
+    "generated pairs": {"window": (0.02, 0.05, 0.1), "own": (0.25, 0.5), "lr": (2e-3, 4e-3)},
+    "Consistency-FM": {"window": (0.02, 0.05, 0.1), "weight": (0.01, 0.1), "lr": (2e-3, 4e-3)},
+    "BOOT": {"window": (0.05, 0.1, 0.2), "weight": (0.3, 1.0), "lr": (2e-3, 4e-3)},
+    "shortcut": {"jumping": (0.125, 0.25, 0.5), "halvings": (4, 6), "lr": (2e-3, 4e-3)},
+    "flow map matching": {"diagonal": (0.1, 0.25, 0.5, 0.75), "lr": (2e-3, 4e-3, 8e-3)},
+    "MeanFlow": {"jumping": (0.25, 0.5, 0.75), "power": (0.0, 0.5), "lr": (2e-3, 4e-3)},
+    "self-corrected, jointly": {"weight": (0.1, 0.3, 1.0), "tau": (0.0, 0.4), "lr": (4e-3, 8e-3)},
+    OURS: {"window": (0.2, 0.5, 1.0), "lr": (8e-3, 1.6e-2), "pinned": (0.25, 0.5)},
+}
+
+
+def trials(method: str) -> list[dict]:
+    """Every combination of the settings that were tried; one without settings if there are none."""
+    found = [{}]
+    for name, values in TRIALS.get(method, {}).items():
+        found = [{**trial, name: value} for trial in found for value in values]
+    return found
+
+
+# ═══ 5. One run ═══════════════════════════════════════════════════════════════════════════
+
+
+def measure(method: str, dataset: str, seed: int, share: float, samples: int, settings: dict) -> dict:
+    """Train a method and measure its sampler, which takes one evaluation of the network a step.
+
+    settings  instead of the chosen ones.
+    Returns what common.Results takes: the measures, or the "failure" of a run that diverged.
+    """
+    metrics = {"dataset": dataset, "seed": seed, "share": share}
+    start = time.process_time()
+    lab = Lab(dataset, seed, share)
+    try:
+        sampler = METHODS[method](lab, **settings)
+    except FloatingPointError as error:
+        return {**metrics, "failure": str(error)}
+    seconds = time.process_time() - start
+
+    noise = torch.randn(samples, 2, generator=torch.Generator().manual_seed(2 * 10**6 + seed))
+    energy = toy_2d.reference(dataset, samples)
+    one_step = sampler(noise, 1)
+    rows = []
+    for steps in (1,) if method in ONE_STEP else (1, 2, 4, 8):
+        x = sampler(noise, steps)
+        row = {"solver": "own", "nfe": steps, "energy": energy(x), "gap": toy_2d.rms_distance(x, one_step)}
+        if isinstance(lab.data, toy_2d.GaussianMixture):
+            _, row["precision"] = toy_2d.coverage_and_precision(x, lab.data)
+        rows.append({**row, "updates": lab.updates, "seconds": seconds})
+    floor = toy_2d.floor_of(dataset, samples)
+    return {**metrics, "floor": floor, "machine": toy_2d.machine(), "rows": rows}
+
+
+def one_step_by_time(metrics: dict) -> dict:
+    """The same run with its first step alone, at the share of the time in place of the number of evaluations."""
+    if "failure" in metrics:
+        return metrics
+    first = metrics["rows"][0]
+    row = {key: first[key] for key in ("solver", "energy", "updates", "seconds")}
+    return {**metrics, "rows": [{**row, "nfe": metrics["share"]}]}
+
+
+# ═══ 6. What an update takes ══════════════════════════════════════════════════════════════
+
+
+def training_loops() -> dict:
+    """{name in COST: an endless loop that makes one update each time it is asked}."""
+    losses = {
+        flow_matching: {},
+        contrastive: {"weight": 0.1},
+        paired_regression: {},
+        consistency_distillation: {"window": 0.1},
+        consistency_training: {"window": 0.1},
+        generated_pairs: {"window": 0.1, "own": 0.5},
+        velocity_consistency: {"window": 0.1, "weight": 0.1},
+        boot: {"window": 0.1, "weight": 1.0},
+        shortcut: {"jumping": 0.5, "halvings": 6},
+        flow_map_matching: {"diagonal": 0.25},
+        mean_flow: {"jumping": 0.75, "power": 0.0},
+    }
+    teacher = scflow.MLP().requires_grad_(False)
+    loops = {}
+    for loss, options in losses.items():
+        lab = Lab("8gaussians")
+        lab.teacher = teacher
+        net = TwoTimes() if loss in (shortcut, flow_map_matching, mean_flow) else scflow.MLP()
+        loops[loss.__name__] = lab.train(net, loss, 10**6, 4e-3, **options)
+    last = replace(LAST, self_source="ema")  # as dear as "frozen", which no first phase may ask for
+    for name, phase in {"phase_1": FIRST, "phase_2": last, "paper": PAPER}.items():
+        lab = Lab("8gaussians")
+        batch = toy_2d.batches(lab.data)
+        schedule = (replace(phase, steps=10**6),)
+        loops[name] = scflow.distill(teacher, scflow.PointCritic(), batch, lab.generator, schedule)
+    loops["thousand_samples"] = sampling_loop(teacher)
+    return loops
+
+
+def sampling_loop(net):
+    """A thousand evaluations without gradient, each time it is asked."""
+    while True:
+        yield scflow.sample(net, torch.randn(1000, 2))
+
+
+def cost_table(rounds: int, updates: int = 10) -> list[str]:
+    """Measure all losses in turns, in one process; lines of Markdown."""
+    loops = training_loops()
+    turns = {name: [] for name in loops}
+    for _ in range(rounds + 1):
+        for name, loop in loops.items():
+            start = time.process_time()
+            for _ in range(updates):
+                next(loop)
+            turns[name].append(1e3 * (time.process_time() - start) / updates)
+    unit = np.median(turns["flow_matching"][1:])  # the first turn warms up
+    rows = []
+    for name, times in turns.items():
+        ms = np.median(times[1:])
+        rows.append([name, f"{ms:.2f}", f"{ms / unit:.2f}", f"{COST[name]:.2f}"])
+    legend = f"Milliseconds of the processor for an update of {ROWS} rows, one thread: medians over {rounds} turns."
+    return [legend, "", *common.markdown(["loss", "ms", "× flow matching", "counted as"], rows)]
+
+
+# ═══ 7. The program ═══════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Relatives:
+    """What is compared."""
+
+    methods: tuple = ("all",)  # methods by name, in quotes where it has spaces, or all
+    datasets: tuple = ("8gaussians", "25gaussians", "checkerboard", "spirals")  # data sets by name, or all
+    seeds: tuple = (0, 1, 2)  # seeds
+    shares: tuple = (0.25, 1.0)  # parts of the default run's time that each method gets
+    samples: int = 20000  # points in the evaluation
+    quick: bool = False  # one data set, one seed, a quarter of the time, 6000 samples, if nothing else is asked for
+    tune: bool = False  # every setting in TRIALS, instead of the chosen ones
+    costs: bool = False  # only measure what an update of each loss takes, and print it
+    rounds: int = 10  # turns in which that is measured
+    workers: int = os.cpu_count() or 1  # runs side by side, one thread each
+    runs: str = "runs/relatives"  # folder of the finished runs, which are read back
+    out: str = "results/relatives"  # path of the results, without .md, .csv and .png
+
+    def __post_init__(self):
+        for method in self.methods:
+            known = method == "all" or method in METHODS
+            require(known, f"no method {method!r}: there are {', '.join(METHODS)}")
+        require(min(self.shares) > 0, f"shares must be positive, not {self.shares}")
+        for name, least in {"samples": 50, "rounds": 1, "workers": 1}.items():
+            value = getattr(self, name)
+            require(value >= least, f"{name} must be at least {least}, not {value}")
+
+
+QUICK = {"datasets": ("8gaussians",), "seeds": (0,), "shares": (0.25,), "samples": 6000}
+
+
+def cell_path(runs: str, cell: dict) -> Path:
+    """The file of a run. Its name keeps apart what was run with other costs, schedules or chosen settings."""
+    chosen = str(inspect.signature(METHODS[cell["method"]]))
+    schedules = [asdict(settings) for settings in (TEACHER, FIRST, LAST, PAPER)]
+    mark = common.fingerprint({"cell": cell, "chosen": chosen, "cost": COST, "schedules": schedules})
+    name = common.slug(cell["method"], cell["dataset"], cell["seed"], cell["share"], mark)
+    return Path(runs, f"{name}.json")
+
+
+def effort_table(results: common.Results) -> list[str]:
+    """What a run of each method took, as lines of Markdown."""
+    rows = []
+    for method in results.rows:
+        runs = results.by_place.get((method, "own", 1), [])
+        if runs:
+            updates = np.median([run["updates"] for run in runs])
+            seconds = np.median([run["seconds"] for run in runs])
+            rows.append([method, f"{updates:.0f}", f"{seconds:.1f}"])
+    legend = "What a run took: updates, the teacher's included, and seconds of one processor; medians."
+    return [legend, "", *common.markdown(["method", "updates", "s"], rows)]
+
+
+def compare(argv: list[str]) -> None:
+    """Give each relative of the method the time of the default run of toy_2d.py, and measure it."""
+    (given,) = toy_2d.cli(argv, compare.__doc__, Relatives())
+    if "quick" in given:
+        given = {**QUICK, **given}
+    settings = Relatives(**given)
+    torch.set_num_threads(1)
+    if settings.costs:
+        print("\n".join(cost_table(settings.rounds)))
+        return
+
+    datasets = common.dataset_names(settings.datasets)
+    methods = list(METHODS) if "all" in settings.methods else settings.methods
+    shares = sorted(set(settings.shares))
+    against = {}  # {row: the row it is compared with}
+    rows = []  # the row of each cell
+    cells = []
+    for method in methods:
+        for trial in trials(method) if settings.tune else [{}]:
+            row = " ".join([method, *(f"{name} {value:g}" for name, value in trial.items())])
+            against[row] = "" if settings.tune or method == OURS else OURS
+            for dataset, seed, share in itertools.product(datasets, settings.seeds, shares):
+                cell = {"method": method, "dataset": dataset, "seed": seed, "share": share}
+                cells.append({**cell, "samples": settings.samples, "settings": trial})
+                rows.append(row)
+    common.open_out(settings.out)
+    costs = cost_table(settings.rounds)
+    paths = [cell_path(settings.runs, cell) for cell in cells]
+    done = list(zip(rows, common.run_cells(measure, cells, paths, settings.workers)))
+
+    all_the_time = [(row, metrics) for row, metrics in done if metrics["share"] == shares[-1]]
+    by_steps = common.Results(against, all_the_time, "own")
+    by_time = common.Results(against, [(row, one_step_by_time(metrics)) for row, metrics in done], "own")
+    lines = [*costs, "", *effort_table(by_steps), ""]
+    lines += ["Energy distance ×10³ by evaluations of the network in sampling; gap: RMS from one-step to last sample."]
+    lines += [*by_steps.about(settings.samples), "", *by_steps.table(), "", *by_steps.tests(), ""]
+    lines += ["Energy distance ×10³ of one step, by the share of the default run's time.", "", *by_time.table()]
+    toy_2d.write_csv(f"{settings.out}.csv", by_steps.records)
+    toy_2d.write_csv(f"{settings.out}-time.csv", by_time.records)
+    by_steps.draw(f"{settings.out}.png")
+    by_time.draw(f"{settings.out}-time.png", "{:g} of the time".format)
+    common.write_report(settings.out, "experiments.relatives", argv, lines)
+
+
+def main(argv=None) -> int:
+    """Run the program; returns its exit code."""
+    return toy_2d.main(argv, {"compare": compare}, "compare", "experiments.relatives")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""How fast an update is: against one written naively, and against a matrix product of as many operations.
+
+    python -m experiments.speed --points --out results/speed-points    the updates of toy_2d.py, one thread
+    python -m experiments.speed                                        those of a small DiT on latents
+    python -m experiments.speed --sizes S B --device cuda              larger ones, on a GPU
+
+The variants of an update take turns in one process, so that what else the machine does slows all of them.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import celeba_latent
+import scflow
+import toy_2d
+from experiments import common
+from scflow import Phase, TeacherSettings, require
+
+# ═══ 1. Operations, and the most that a machine does of them ══════════════════════════════
+
+
+def count_flops(function, *inputs) -> int:
+    """Floating-point operations of one call, counted as it runs: matrix products, convolutions and attention."""
+    # The counter does not see into the fused attention of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def rate(device: str, work, amount: float, seconds: float = 0.3) -> float:
+    """How much of `amount` the device gets done in a second, when `work()` does it once."""
+    work()  # the first time warms up
+    wait(device)
+    count = 0
+    spent = 0.0
+    start = time.perf_counter()
+    while spent < seconds:
+        work()
+        wait(device)
+        count += 1
+        spent = time.perf_counter() - start
+    return amount * count / spent
+
+
+def matmul_rate(device: str) -> float:
+    """FLOP/s of a square matrix product (bf16 on CUDA, else float32): the most that a network can hope for."""
+    cuda = device.startswith("cuda")
+    side = 8192 if cuda else 1024
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+
+    def product():
+        a @ a
+
+    return rate(device, product, 2 * side**3)
+
+
+# ═══ 2. The updates that are timed ════════════════════════════════════════════════════════
+
+FOREVER = 10**9  # updates: the loops are stopped from outside
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute an update."""
+
+    precision: str = "auto"  # as in celeba_latent.place
+    naive: bool = False  # one loss at a time, and no TF32
+    compiled: bool = False
+
+
+ON_CUDA = {
+    "naive fp32": Variant("fp32", naive=True),
+    "bf16 eager": Variant(),
+    "ours": Variant(compiled=True),
+}
+ON_CPU = {"naive fp32": Variant("fp32", naive=True), "ours": Variant()}
+
+
+def one_loss_at_a_time(run, x0, x1, t, phase, weights, generator=None, cond=None):
+    """The losses of `scflow.distill_losses` as one would first write them: no pass serves two of them."""
+    state = generator.get_state()
+    losses = {}
+    x0_hat = None
+    for name, weight in weights.items():
+        if weight > 0:
+            generator.set_state(state)  # the same draws for all
+            alone = dict.fromkeys(weights, 0.0)
+            alone[name] = weight
+            found, judged = scflow.distill_losses(run, x0, x1, t, phase, alone, generator, cond)
+            losses.update(found)
+            if judged is not None:
+                x0_hat = judged
+    return losses, x0_hat
+
+
+def compiling(loop):
+    """A training loop whose networks are compiled after the first update: only then are all of them there."""
+    for run in loop:
+        if run.step == 1:
+            for name in ("net", "teacher", "student", "target", "frozen", "critic"):
+                if hasattr(run, name):
+                    celeba_latent.compile_in_place(getattr(run, name))
+        yield run
+
+
+def training(settings, variant: Variant, net, critic, batch, device: str):
+    """The loop that trains a teacher with TeacherSettings, or a student with a Phase."""
+    generator = torch.Generator(device).manual_seed(0)
+    if isinstance(settings, TeacherSettings):
+        settings = replace(settings, teacher_steps=FOREVER)
+        loop = scflow.train_teacher(net, batch, generator, settings)
+    else:
+        phase = replace(settings, steps=FOREVER)
+        losses = one_loss_at_a_time if variant.naive else scflow.distill_losses
+        loop = scflow.distill(net, critic, batch, generator, (phase,), loss_function=losses)
+    return compiling(loop) if variant.compiled else loop
+
+
+def point_updates(rows: int) -> dict:
+    """{name: the settings of an update of toy_2d.py}: the teacher's, and each phase's of each preset."""
+    updates = {"teacher": TeacherSettings(teacher_batch=rows or 512)}
+    for preset, schedule in scflow.SCHEDULES.items():
+        for i, phase in enumerate(schedule):
+            if phase.self_source == "frozen":
+                phase = replace(phase, self_source="ema")  # no phase comes before it here; it costs the same
+            updates[f"{preset}, phase {i + 1}"] = replace(phase, batch=rows or phase.batch)
+    return updates
+
+
+def point_loop(settings, variant: Variant, device: str):
+    """The training loop of a perceptron on eight Gaussians."""
+    torch.manual_seed(0)
+    net = scflow.MLP().to(device)
+    critic = scflow.PointCritic().to(device)
+    batch = toy_2d.batches(toy_2d.dataset("8gaussians").to(device))
+    return training(settings, variant, net, critic, batch, device)
+
+
+def latent_updates(rows: int) -> dict:
+    """{name: the settings of an update on latents}: the teacher's, and one of the student with all four losses."""
+    return {
+        "teacher": TeacherSettings(teacher_batch=rows or 32, teacher_lr=1e-4),
+        "student": Phase(batch=rows or 32, lr=1e-4),
+    }
+
+
+def latent_loop(size: str, settings, variant: Variant, device: str):
+    """The training loop of a DiT on noise of the shape of a 256-pixel picture's latents."""
+    torch.manual_seed(0)
+    net = scflow.DiT((4, 32, 32), 2, **celeba_latent.SIZES[size])
+    nn.init.normal_(net.head.weight, std=0.02)  # a GPU multiplies the zeros of a new network faster
+    net = celeba_latent.place(net, device, variant.precision)
+    critic = celeba_latent.place(scflow.LatentCritic(), device, variant.precision)
+
+    def batch(n, generator):
+        return torch.randn(n, 4, 32, 32, generator=generator, device=device), None
+
+    return training(settings, variant, net, critic, batch, device)
+
+
+def start_loop(network: str, settings, variant: Variant, device: str):
+    """The training loop of "points", or of a DiT of some size."""
+    if network == "points":
+        return point_loop(settings, variant, device)
+    return latent_loop(network, settings, variant, device)
+
+
+def cases(asked) -> list[tuple]:
+    """(network, name of the update, its settings) of all that is asked for."""
+    if asked.points:
+        return [("points", name, settings) for name, settings in point_updates(asked.batch).items()]
+    found = []
+    for size in asked.sizes:
+        for name, settings in latent_updates(asked.batch).items():
+            found.append((size, name, settings))
+    return found
+
+
+# ═══ 3. Turns ═════════════════════════════════════════════════════════════════════════════
+
+
+def advance(loop, variant: Variant, updates: int, device: str) -> float:
+    """Seconds of one update, over several in a row."""
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("highest" if variant.naive else "high")
+        torch.backends.cudnn.allow_tf32 = not variant.naive
+    start = time.perf_counter()
+    for _ in range(updates):
+        next(loop)
+    wait(device)
+    return (time.perf_counter() - start) / updates
+
+
+def compare(network: str, settings, variants: dict[str, Variant], asked) -> list[dict]:
+    """The measures of each variant of an update, when they take turns."""
+    device = asked.device
+    flops = count_flops(next, start_loop(network, settings, Variant(), device))
+    loops = {}
+    start_up = {}
+    seconds = {}
+    for name, variant in variants.items():
+        loops[name] = start_loop(network, settings, variant, device)
+        start_up[name] = 2 * advance(loops[name], variant, 2, device)  # the second compiles
+        seconds[name] = []
+    forth = list(variants)
+    back = forth[::-1]
+    for _ in range(asked.rounds):
+        for name in forth + back:
+            seconds[name].append(advance(loops[name], variants[name], asked.updates, device))
+    rows = []
+    for name in variants:
+        ratios = np.array(seconds["naive fp32"]) / seconds[name]
+        low, middle, high = np.quantile(ratios, (0.1, 0.5, 0.9)).tolist()
+        row = {"variant": name, "seconds": np.median(seconds[name]).item(), "flops": flops}
+        row.update(ratio=middle, p10=low, p90=high, start_up=start_up[name])
+        rows.append(row)
+    return rows
+
+
+# ═══ 4. The program ═══════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is timed, and where."""
+
+    points: bool = False  # the updates of toy_2d.py, one thread, in place of those on latents
+    sizes: tuple = ("small",)  # networks of celeba_latent.py: small, S, B
+    batch: int = 0  # rows per update; 0 is 32 latents, or as many points as toy_2d.py takes
+    rounds: int = 5  # rounds; each times every variant, forth and back
+    updates: int = 3  # updates at a time
+    device: str = "cpu"  # cpu or cuda
+    out: str = "results/speed"  # path of the results, without .md and .json
+
+    def __post_init__(self):
+        for size in self.sizes:
+            require(size in celeba_latent.SIZES, f"no size {size!r}: there are {', '.join(celeba_latent.SIZES)}")
+        for name, least in {"batch": 0, "rounds": 1, "updates": 1}.items():
+            value = getattr(self, name)
+            require(value >= least, f"{name} must be at least {least}, not {value}")
+        toy_2d.check_device(self.device)
+
+
+LEGEND = """Medians of {turns} turns, {machine}.
+Ratio: the time of naive fp32 (one loss at a time) over that of the variant, and its tenth and ninetieth percent.
+Share: the time of a square matrix product of as many operations as the update needs, over the time of the update.
+Start: seconds of the first two updates; compiling is one of them.
+The matrix product: {rate:.3g} TFLOP/s; from the first measurement to the last it moved by {drift:.0%}."""
+
+
+def table(rows: list[dict], matmul: float) -> list[str]:
+    """The measures as lines of Markdown."""
+    lines = []
+    for row in rows:
+        milliseconds = f"{1e3 * row['seconds']:.3g}"
+        ratio = f"{row['ratio']:.2f} ({row['p10']:.2f} to {row['p90']:.2f})"
+        gflop = f"{row['flops'] / 1e9:.4g}"
+        share = f"{row['flops'] / matmul / row['seconds']:.1%}"
+        start = f"{row['start_up']:.2g}"
+        lines.append([row["network"], row["update"], row["variant"], milliseconds, ratio, gflop, share, start])
+    return common.markdown(["network", "update", "variant", "ms", "ratio", "GFLOP", "share", "start"], lines)
+
+
+def speed_command(argv: list[str]) -> None:
+    """Time updates against naive ones, and against a matrix product of as many operations."""
+    (given,) = toy_2d.cli(argv, speed_command.__doc__, Speed())
+    asked = Speed(**given)
+    device = asked.device
+    common.open_out(asked.out)
+    if asked.points:
+        torch.set_num_threads(1)
+    variants = ON_CUDA if device.startswith("cuda") and not asked.points else ON_CPU
+    before = matmul_rate(device)
+    rows = []
+    for network, update, settings in cases(asked):
+        for measures in compare(network, settings, variants, asked):
+            rows.append({"network": network, "update": update, **measures})
+    after = matmul_rate(device)
+    drift = abs(after / before - 1)
+    text = LEGEND.format(turns=2 * asked.rounds, machine=toy_2d.machine(), rate=before / 1e12, drift=drift)
+    content = {"asked": asdict(asked), "machine": toy_2d.machine(), "matmul": [before, after], "rows": rows}
+    toy_2d.write_text(f"{asked.out}.json", json.dumps(content, indent=1))
+    common.write_report(asked.out, "experiments.speed", argv, [text, "", *table(rows, before)])
+
+
+def main(argv=None) -> int:
+    """The command; bad input is one line on stderr and exit code 2."""
+    return toy_2d.main(argv, {"speed": speed_command}, "speed", "experiments.speed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
