@@ -9,30 +9,38 @@ in one step, and to land at the same place when it takes two, four or eight.
     │ x₀ = x0          data, t = 0                                                   │
     │ x₁ = x1          Gaussian noise, t = 1                                         │
     │ x_t = xt         (1−t)·x₀ + t·x₁, a point of the straight path                 │
-    │ v                dx_t/dt = x₁ − x₀; sampling walks t from 1 down to 0          │
+    │ v(x,t)           velocity, fitted to dx_t/dt = x₁ − x₀                         │
     │ f(x,t)           x − t·v(x,t), `predict_x0`: where the point would land        │
-    │ φ, θ, θ⁻         `teacher` (frozen), `student`, `target` (fast average of θ)   │
+    │ φ, θ             `teacher` (frozen) and `student`                              │
+    │ θ⁻               `target`, the fast average (EMA) of the student's weights     │
     │ x_s, x_u         `xs`, `xu`: neighbours on the teacher's path, s ≤ t ≤ u       │
     │ x̂₀ = x0_hat      f_θ(x₁,1), the one-step sample                                │
     │ x̂_t = xt_hat     (1−t)·x̂₀ + t·x₁, on the straight line from x₁ to x̂₀           │
     │ D_ψ              `critic`, the discriminator                                   │
+    │ d(·,·)           distance of two points, `pseudo_huber`                        │
     │ c = cond         tokens (B,L): labels or words from 1 on, 0 for none           │
     └────────────────────────────────────────────────────────────────────────────────┘
-    B is the number of rows of a batch. t has shape (B,) everywhere.
-    f(x,0) = x whatever the weights are.
+    B is the number of rows of a batch. t has shape (B,) everywhere. Sampling goes from
+    t = 1 down to 0. Because of its form, f(x,0) = x whatever the weights are.
+    Squares and distances are means over the elements.
 
 The student minimises a weighted sum of four losses (all in `distill_losses`):
 
-    consistency   D( f_θ(x_t,t), f_θ⁻(x_s,s) )   the target is the true x₀ where s < τ
-    bi            D( f_θ(x_t,t), f_θ⁻(x_u,u) )
+    consistency   d( f_θ(x_t,t), f_θ⁻(x_s,s) )   the target is the true x₀ where s < τ
+    bi            d( f_θ(x_t,t), f_θ⁻(x_u,u) )
     adv           −D_ψ(x̂₀)                       the critic tells x₀ from x̂₀
     self          ‖ f_θ(x̂_t,t) − x̂₀ ‖²           x̂₀ is a constant here
 
-Three lines of use. `batch(n, generator)` returns n rows of data, and their condition or None:
+How to use it. `batch(n, generator)` returns n random rows of data, and their condition or None:
 
+    generator = torch.Generator().manual_seed(0)
     for run in train_teacher(MLP(), batch, generator): pass
-    for run in distill(run.ema, PointCritic(), batch, generator, SCHEDULES["two_phase"]): pass
-    x0 = sample(run.ema, torch.randn(1000, 2), steps=1)
+    teacher = run.ema
+    for run in distill(teacher, PointCritic(), batch, generator, SCHEDULES["two_phase"]): pass
+    student = run.ema
+    x0 = sample(student, torch.randn(1000, 2), steps=1)
+
+Where a comment says "the reference", it means the code that the paper's authors published.
 """
 
 import copy
@@ -79,8 +87,9 @@ def solver_step(net, x: Tensor, t: Tensor, s: Tensor, solver: str, cond: Tensor 
 
 def read_walk(walk: str) -> tuple[str, int]:
     """ "euler" → ("euler", 1) and "heun-2" → ("heun", 2). Raises ValueError for anything else."""
-    solver, _, steps = walk.partition("-")
-    steps = steps or "1"
+    solver, dash, steps = walk.partition("-")
+    if not dash:
+        steps = "1"
     good = solver in ("euler", "heun") and steps.isdecimal() and int(steps) > 0
     require(good, f"a walk is euler, heun, or several such steps, as in heun-2; not {walk!r}")
     return solver, int(steps)
@@ -124,8 +133,9 @@ def sample(
 
     solver      "euler" (1 evaluation a step), "heun" (2, of order two), or "renoise": jump to
                 x̂₀ and add noise again, (1−β)·x₁ + β·fresh, for the next time. This noise has
-                unit variance only at β = 0 and β = 1. (So has the reference's sampler.)
-    start       a number, or a time for each row (B,).
+                unit variance only at β = 0 and β = 1, as in the reference's sampler.
+    start       a number, or a time for each row (B,). Re-noising with β < 1 starts at 1: it
+                takes `noise` for x₁.
     trajectory  also return the path, (steps+1, B, …).
     Raises ValueError for an unknown solver or fewer than one step.
     """
@@ -182,20 +192,20 @@ DISTANCES = {"huber": pseudo_huber, "squared": squared}
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-    """The teacher's loss ‖v(x_t,t) − (x₁ − x₀)‖², averaged over the elements."""
+    """The teacher's loss ‖v(x_t,t) − (x₁ − x₀)‖²."""
     return squared(v, x1 - x0)
 
 
 def truncated_consistency_loss(
     f_t: Tensor, f_s: Tensor, x0: Tensor, s: Tensor, tau: float, distance=pseudo_huber
 ) -> Tensor:
-    """D(f_θ(x_t,t), f_θ⁻(x_s,s)) with s ≤ t. Where s < τ the true x₀ is the target."""
+    """d(f_θ(x_t,t), f_θ⁻(x_s,s)) with s ≤ t. Where s < τ the true x₀ is the target."""
     target = torch.where(broadcast(s, x0) < tau, x0, f_s)
     return distance(f_t, target)
 
 
 def bidirectional_loss(f_t: Tensor, f_u: Tensor, distance=pseudo_huber) -> Tensor:
-    """D(f_θ(x_t,t), f_θ⁻(x_u,u)) with u ≥ t. It is never truncated."""
+    """d(f_θ(x_t,t), f_θ⁻(x_u,u)) with u ≥ t. It is never truncated."""
     return distance(f_t, f_u)
 
 
@@ -238,7 +248,7 @@ def r1_penalty(critic, x0: Tensor, cond: Tensor | None = None) -> Tensor:
     return grad.flatten(1).square().sum(1).mean() / 2
 
 
-def head(cond: Tensor | None, n: int) -> Tensor | None:
+def first_rows(cond: Tensor | None, n: int) -> Tensor | None:
     """The condition of the first n rows."""
     return None if cond is None else cond[:n]
 
@@ -255,7 +265,7 @@ def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
     one = torch.ones_like(t)
     xt = interpolate(x0, x1, t)
 
-    # Both are drawn whichever is used: a loss that is switched off leaves all other draws as they were.
+    # s and u are drawn always, so that switching a loss off does not change later random numbers.
     s = t - rand_times(x0, generator) * t.clamp(max=phase.delta)
     u = t + rand_times(x0, generator) * (1 - t).clamp(max=phase.delta)
 
@@ -276,12 +286,12 @@ def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
             f_u = predict_x0(run.target, xu, u, cond)
         losses["bi"] = bidirectional_loss(f_t, f_u, distance)
 
-    # The one-step sample, and the critic's verdict on it. Here the gradient goes into x̂₀.
+    # Adversarial: the critic's verdict on the one-step sample. Here the gradient goes into x̂₀.
     x0_hat = None
     if weights["adv"] > 0:
         n = phase.critic_rows(len(x0))
-        x0_hat = predict_x0(run.student, x1[:n], one[:n], head(cond, n))
-        verdict = run.critic(x0_hat, head(cond, n))
+        x0_hat = predict_x0(run.student, x1[:n], one[:n], first_rows(cond, n))
+        verdict = run.critic(x0_hat, first_rows(cond, n))
         losses["adv"] = adversarial_loss(verdict, phase.adversarial)
 
     # Self-correction: every later step ends where the one step ended.
@@ -301,7 +311,7 @@ def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
 
 # ═══ 3. Training ══════════════════════════════════════════════════════════════════════════
 # Both loops are generators: they yield the run after each update. Printing, drawing, saving and
-# compiling are left to whoever iterates. The comments of the settings are the help texts of the flags.
+# compiling are left to whoever iterates. The scripts show the comment behind a setting as its --help.
 
 
 def check_choices(settings) -> None:
@@ -325,14 +335,15 @@ class TeacherSettings:
     def __post_init__(self):
         for name in ("teacher_steps", "teacher_batch", "teacher_lr"):
             value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, not {value}")
+            require(0 < value < math.inf, f"{name} must be positive, not {value}")
         require(0 <= self.teacher_drop < 1, f"teacher_drop must lie in [0,1), and is {self.teacher_drop}")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of distillation. The defaults are the paper's method with the reference's weights."""
+    """One stretch of distillation: how long, with which losses."""
 
+    # The defaults have the paper's losses with the reference's weights, δ and τ; sizes suit points in the plane.
     steps: int = 1100  # updates of the student
     batch: int = 512  # rows per update of the student
     lr: float = 4e-3  # AdamW learning rate of the student: 50 updates up, then a cosine down to 0
@@ -347,7 +358,9 @@ class Phase:
     tau: float = 0.4  # truncation τ: below it the consistency target is the data itself
     distance: Literal["huber", "squared"] = "huber"  # distance of the consistency losses
     self_source: Literal["student", "ema", "frozen"] = "student"  # whose one-step sample is x̂₀ in self-correction
-    self_form: Literal["x0", "velocity"] = "x0"  # compare landing points, or velocities (the same loss over t²)
+    self_form: Literal["x0", "velocity"] = (
+        "x0"  # compare landing points, or velocities: the same error over t, so a small t counts more
+    )
     pinned: float = 0.0  # share of the rows whose t is 1, where a single step is taken
     judged: float = 1.0  # share of the rows whose one-step sample the critic judges
     adversarial: Literal["hinge", "softplus"] = "hinge"  # adversarial loss
@@ -358,13 +371,13 @@ class Phase:
     def __post_init__(self):
         for name in ("steps", "batch", "lr", "lr_critic", "delta"):
             value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, not {value}")
+            require(0 < value < math.inf, f"{name} must be positive, not {value}")
         for name in ("steps", "batch", "warmup"):
             value = getattr(self, name)
             require(isinstance(value, int), f"{name} must be a whole number, not {value}")
         for name in ("lambda_consistency", "lambda_adv", "lambda_self", "lambda_bi", "warmup", "r1"):
             value = getattr(self, name)
-            require(value >= 0, f"{name} must not be negative, and is {value}")
+            require(0 <= value < math.inf, f"{name} must not be negative, and is {value}")
         for name in ("delta", "tau", "pinned", "judged", "target_ema", "ema"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} must lie in [0,1], and is {value}")
@@ -417,13 +430,13 @@ SCHEDULES = {
             judged=0.125,
         ),
     ),
-    # Here to show what the other losses repair: consistency alone, for as long as "paper".
+    # Here to show what the other losses repair: consistency alone, in about the time of "paper".
     "consistency": (Phase(steps=2900, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0, tau=0.0),),
 }
 
 
 def rescale(schedule: tuple[Phase, ...], steps: int) -> tuple[Phase, ...]:
-    """The schedule with `steps` updates in all, shared out as before, at least one a phase."""
+    """The schedule with about `steps` updates in all, shared out as before, at least one a phase."""
     require(steps > 0, f"steps must be positive, not {steps}")
     total = sum(phase.steps for phase in schedule)
     return tuple(replace(phase, steps=max(1, round(phase.steps * steps / total))) for phase in schedule)
@@ -438,6 +451,121 @@ def check_schedule(schedule: tuple[Phase, ...]) -> None:
         not copies_nothing,
         "self_source 'frozen' copies the phase before, and the first phase has none: use 'student' or 'ema'",
     )
+
+
+def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None, resume=None):
+    """Rectified flow: fit v_φ(x_t,t) to x₁ − x₀. Yields a TeacherRun after each update.
+
+    net     is trained in place.
+    batch   callable (n, generator) → (x₀, cond or None), in random order.
+    oracle  a known velocity to fit instead; without noise in its targets fewer updates will do.
+    resume  an earlier run's `state_dict()`.
+    """
+    net.requires_grad_(True).train()
+    run = TeacherRun(net, clone(net), adamw(net, settings.teacher_lr), generator)
+    if resume is not None:
+        run.load_state_dict(resume)
+    while run.step < settings.teacher_steps:
+        set_lr(run.opt, settings.teacher_lr * lr_factor(run.step, settings.teacher_steps))
+        x0, cond = batch(settings.teacher_batch, generator)
+        x1 = randn_like(x0, generator)
+        t = rand_times(x0, generator)
+        xt = interpolate(x0, x1, t)
+        if cond is not None:
+            cond = drop(cond, settings.teacher_drop, generator)
+
+        v = net(xt, t, cond)
+        if oracle is None:
+            loss = flow_matching_loss(v, x0, x1)
+        else:
+            with torch.no_grad():  # it is known, and not trained
+                exact = oracle(xt, t, cond)
+            loss = squared(v, exact)
+        run.latest = {"flow": loss.detach()}
+        run.check_finite()
+        run.opt.zero_grad()
+        loss.backward()
+        run.opt.step()
+        ema_update(run.ema, net, growing(run.step, 0.9999))
+
+        run.step += 1
+        yield run
+
+
+def distill(
+    teacher,
+    critic,
+    batch,
+    generator,
+    schedule=SCHEDULES["paper"],
+    student=None,
+    *,
+    resume=None,
+    loss_function=distill_losses,
+):
+    """Self-corrected flow distillation. Yields a StudentRun after each update.
+
+    teacher        any callable (x, t, cond) → v. A network is copied and frozen; another callable is used as it is.
+    critic         module (x, cond) → (B,), trained in place.
+    batch          callable (n, generator) → (x₀, cond or None), in random order: the critic sees the first rows.
+    schedule       tuple of Phases, run one after the other.
+    student        where the student starts (it is copied); without it, from the teacher's weights.
+    resume         an earlier run's `state_dict()`.
+    loss_function  `distill_losses`, or a function of your own around it; `phase.weights` must know its losses.
+    Raises ValueError for contradictory phases, and for a teacher without weights and no student.
+    """
+    check_schedule(schedule)
+    run = start_distillation(teacher, critic, generator, schedule[0], student)
+    if resume is not None:
+        run.load_state_dict(resume)
+    first = 0  # the update at which the phase starts
+    for phase in schedule:
+        run.phase = phase
+        while run.step < first + phase.steps:
+            i = run.step - first  # the update within the phase
+            if i == 0 and first > 0:
+                next_phase(run)
+            set_lr(run.opt, phase.lr * lr_factor(i, phase.steps))
+            set_lr(run.opt_critic, phase.lr_critic)
+            x0, cond = batch(phase.batch, generator)
+            x1 = randn_like(x0, generator)
+            t = rand_times(x0, generator)
+            t[: phase.pinned_rows(len(t))] = 1
+
+            # The student, on its weighted losses.
+            weights = phase.weights(i)
+            run.critic.requires_grad_(False)  # the student's step must not touch the critic
+            losses, x0_hat = loss_function(run, x0, x1, t, phase, weights, generator, cond)
+            run.latest = {name: loss.detach() for name, loss in losses.items()}
+            run.check_finite()
+            run.opt.zero_grad()
+            sum(weights[name] * loss for name, loss in losses.items()).backward()
+            run.opt.step()
+
+            # Its two averages: the consistency target, and the one to sample with.
+            ema_update(run.target, run.student, phase.target_ema)
+            ema_update(run.ema, run.student, growing(run.step, phase.ema))
+
+            # The critic, on data and on the samples that it has just judged.
+            if x0_hat is not None:
+                run.critic.requires_grad_(True)
+                n = len(x0_hat)
+                real = run.critic(x0[:n], first_rows(cond, n))
+                fake = run.critic(x0_hat.detach(), first_rows(cond, n))  # the critic's step must not touch the student
+                loss = critic_loss(real, fake, phase.adversarial)
+                run.latest["critic"] = loss.detach()
+                if phase.r1 > 0:
+                    r1 = phase.r1 * r1_penalty(run.critic, x0[:n], first_rows(cond, n))
+                    run.latest["r1"] = r1.detach()
+                    loss = loss + r1
+                run.check_finite()
+                run.opt_critic.zero_grad()
+                loss.backward()
+                run.opt_critic.step()
+
+            run.step += 1
+            yield run
+        first += phase.steps
 
 
 class Run:
@@ -465,7 +593,11 @@ class Run:
                 raise FloatingPointError(f"the {name} loss became {value} at step {self.step + 1}")
 
     def state_dict(self) -> dict:
-        """Everything the run needs to go on bit for bit. Raises FloatingPointError if weights are not finite."""
+        """What the run needs to go on bit for bit, beside teacher, data and settings.
+
+        Save it before the next update: it holds the tensors themselves, no copies.
+        Raises FloatingPointError if weights are not finite.
+        """
         parts = {name: getattr(self, name) for name in self.PARTS}
         for name, part in parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
@@ -522,120 +654,6 @@ class StudentRun(Run):
     latest: dict[str, Tensor] = field(default_factory=dict)  # losses of the latest update
 
 
-def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None, resume=None):
-    """Rectified flow: fit v_φ(x_t,t) to x₁ − x₀. Yields a TeacherRun after each update.
-
-    net     is trained in place.
-    batch   callable (n, generator) → (x₀, cond or None).
-    oracle  a known velocity to fit instead; without noise in its targets fewer updates will do.
-    resume  an earlier run's `state_dict()`.
-    """
-    run = TeacherRun(net, clone(net), adamw(net, settings.teacher_lr), generator)
-    if resume is not None:
-        run.load_state_dict(resume)
-    while run.step < settings.teacher_steps:
-        set_lr(run.opt, settings.teacher_lr * lr_factor(run.step, settings.teacher_steps))
-        x0, cond = batch(settings.teacher_batch, generator)
-        x1 = randn_like(x0, generator)
-        t = rand_times(x0, generator)
-        xt = interpolate(x0, x1, t)
-        if cond is not None:
-            cond = drop(cond, settings.teacher_drop, generator)
-
-        v = net(xt, t, cond)
-        if oracle is None:
-            loss = flow_matching_loss(v, x0, x1)
-        else:
-            with torch.no_grad():  # it is known, and not trained
-                exact = oracle(xt, t, cond)
-            loss = squared(v, exact)
-        run.latest = {"flow": loss.detach()}
-        run.check_finite()
-        run.opt.zero_grad()
-        loss.backward()
-        run.opt.step()
-        ema_update(run.ema, net, growing(run.step, 0.9999))
-
-        run.step += 1
-        yield run
-
-
-def distill(
-    teacher,
-    critic,
-    batch,
-    generator,
-    schedule=SCHEDULES["paper"],
-    student=None,
-    *,
-    resume=None,
-    loss_function=distill_losses,
-):
-    """Self-corrected flow distillation. Yields a StudentRun after each update.
-
-    teacher        any callable (x, t, cond) → v. A network is copied and frozen; another callable is used as it is.
-    critic         callable (x, cond) → (B,), trained in place.
-    batch          callable (n, generator) → (x₀, cond or None).
-    schedule       tuple of Phases, run one after the other.
-    student        where the student starts (it is copied); without it, from the teacher's weights.
-    resume         an earlier run's `state_dict()`.
-    loss_function  `distill_losses`, or a function of your own around it.
-    Raises ValueError for contradictory phases, and for a teacher without weights and no student.
-    """
-    check_schedule(schedule)
-    run = start_distillation(teacher, critic, generator, schedule[0], student)
-    if resume is not None:
-        run.load_state_dict(resume)
-    first = 0  # the update at which the phase starts
-    for phase in schedule:
-        run.phase = phase
-        while run.step < first + phase.steps:
-            i = run.step - first  # the update within the phase
-            if i == 0 and first > 0:
-                next_phase(run)
-            set_lr(run.opt, phase.lr * lr_factor(i, phase.steps))
-            set_lr(run.opt_critic, phase.lr_critic)
-            x0, cond = batch(phase.batch, generator)
-            x1 = randn_like(x0, generator)
-            t = rand_times(x0, generator)
-            t[: phase.pinned_rows(len(t))] = 1
-
-            # The student, on its weighted losses.
-            weights = phase.weights(i)
-            run.critic.requires_grad_(False)  # the student's step must not touch the critic
-            losses, x0_hat = loss_function(run, x0, x1, t, phase, weights, generator, cond)
-            run.latest = {name: loss.detach() for name, loss in losses.items()}
-            run.check_finite()
-            run.opt.zero_grad()
-            sum(weights[name] * loss for name, loss in losses.items()).backward()
-            run.opt.step()
-
-            # Its two averages: the consistency target, and the one to sample with.
-            ema_update(run.target, run.student, phase.target_ema)
-            ema_update(run.ema, run.student, growing(run.step, phase.ema))
-
-            # The critic, on data and on the samples that it has just judged.
-            if x0_hat is not None:
-                run.critic.requires_grad_(True)
-                n = len(x0_hat)
-                real = run.critic(x0[:n], head(cond, n))
-                fake = run.critic(x0_hat.detach(), head(cond, n))  # the critic's step must not touch the student
-                loss = critic_loss(real, fake, phase.adversarial)
-                run.latest["critic"] = loss.detach()
-                if phase.r1 > 0:
-                    r1 = phase.r1 * r1_penalty(run.critic, x0[:n], head(cond, n))
-                    run.latest["r1"] = r1.detach()
-                    loss = loss + r1
-                run.check_finite()
-                run.opt_critic.zero_grad()
-                loss.backward()
-                run.opt_critic.step()
-
-            run.step += 1
-            yield run
-        first += phase.steps
-
-
 def start_distillation(teacher, critic, generator, phase, student=None) -> StudentRun:
     """The run before its first update: student, target, average and frozen copy start alike."""
     trainable = isinstance(teacher, nn.Module) and any(p.numel() for p in teacher.parameters())
@@ -659,7 +677,7 @@ def start_distillation(teacher, critic, generator, phase, student=None) -> Stude
 def next_phase(run: StudentRun) -> None:
     """Start all networks of a phase from the average, which is better than the weights it averages.
 
-    Adam's moments belong to other losses, and go. The critic stays as it is.
+    Adam's moments belong to other losses, and are deleted. The critic stays as it is.
     """
     for net in (run.student, run.target, run.frozen):
         net.load_state_dict(run.ema.state_dict())

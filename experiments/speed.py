@@ -90,7 +90,7 @@ ON_CUDA = {
 ON_CPU = {"naive fp32": Variant("fp32", naive=True), "ours": Variant()}
 
 
-def one_loss_at_a_time(run, x0, x1, t, phase, weights, generator=None, cond=None):
+def one_loss_at_a_time(run, x0, x1, t, phase, weights, generator, cond=None):
     """The losses of `scflow.distill_losses` as one would first write them: no pass serves two of them."""
     state = generator.get_state()
     losses = {}

@@ -62,9 +62,9 @@ x1 = torch.randn(n, 1, generator=generator)
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.8))
 some = torch.cat([x1, x0], 1)[:60]  # (60,2): start and end of sixty lines
-ax.plot([1, 0], some.T, color=GREY, lw=0.8, zorder=1)
-ax.scatter(torch.ones(60), some[:, 0], s=14, color=TEACHER, zorder=2)
-ax.scatter(torch.zeros(60), some[:, 1], s=14, color=STUDENT, zorder=2)
+ax.plot([1, 0], some.T, color=GREY, lw=0.8)
+ax.scatter(torch.ones(60), some[:, 0], s=14, zorder=3, color=TEACHER)
+ax.scatter(torch.zeros(60), some[:, 1], s=14, zorder=3, color=STUDENT)
 ax.set(xlabel="t  (noise on the left, data on the right)", ylabel="x")
 ax.set(xlim=(1.02, -0.02), ylim=(-3.6, 3.6))
 plt.show()
@@ -145,7 +145,7 @@ places = torch.linspace(-2.5, 2.5, 300)
 for t, color in zip(dots, (STUDENT, TEACHER, GREEN)):
     formula = two(places[:, None], torch.full((300,), t))
     axes[1].plot(places, formula, color=color, lw=1.5, label=f"t = {t}")
-    axes[1].plot(*zip(*dots[t]), "o", color=color, ms=5)
+    axes[1].plot(*zip(*dots[t]), "o", color=color)
 axes[1].set(xlabel="x", ylabel="v*(x,t)", ylim=(-4, 4))
 for ax in axes:
     ax.legend()
@@ -593,7 +593,7 @@ fig, ax = plt.subplots(figsize=(7, 4.2))
 for (name, solver), values in result.items():
     color = TEACHER if name == "teacher" else GREY
     style = "o-" if solver == "euler" else "s--"
-    ax.loglog(counts, values, style, color=color, ms=7, label=f"{name}, {solver}")
+    ax.loglog(counts, values, style, color=color, label=f"{name}, {solver}")
 ax.set(xlabel="evaluations", ylabel="RMS distance to the exact sample")
 ax.set_xticks(counts, counts)
 ax.minorticks_off()

@@ -72,8 +72,8 @@ assert (guess - end).norm(dim=-1).max() > 1  # the straight jump with v* is not
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.4))
 axes[0].plot(*path.permute(2, 0, 1), color=GREY, lw=1)
-axes[0].scatter(*path[0].T, s=14, color=TEACHER, label="noise", zorder=2)
-axes[0].scatter(*landed[0].T, s=22, color=STUDENT, label="f* of the noise", zorder=2)
+axes[0].scatter(*path[0].T, s=14, zorder=3, color=TEACHER, label="noise")
+axes[0].scatter(*landed[0].T, s=22, zorder=3, color=STUDENT, label="f* of the noise")
 toy_2d.window(axes[0])
 for curves, color, name in ((path, GREY, "$x_t$"), (guess, TEACHER, "$x_t - t\\,v^*$"), (landed, STUDENT, "f*")):
     first, *others = axes[1].plot(times, curves[:, [0, 2, 4], 0], color=color)
@@ -545,7 +545,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 3.7), sharey=True)
 for ax, solver in zip(axes, ("euler", "renoise")):
     ax.axhspan(low, high, color="#EEEEEE", label="noise floor")
     for name, color, style in (("exact map", GREY, "s--"), ("student", STUDENT, "o-")):
-        ax.plot(range(4), scores[name, solver], style, color=color, ms=8, label=name)
+        ax.plot(range(4), scores[name, solver], style, color=color, label=name)
     ax.set(xlabel="steps", xticks=range(4), xticklabels=STEPS)
 axes[0].set(title="Euler steps", ylabel="energy distance ×10³")
 axes[1].set_title("fresh re-noising")

@@ -142,7 +142,7 @@ def std_figure(**students):
     ax.axhline(S, color="black", lw=1.2, ls="--", label="data")
     ax.fill_between(t, mean_std(S, t + 0.1), mean_std(S, t), color="#DDDDDD", label="mean, from τ to τ + δ")
     for name, color in zip(students, (PINK, STUDENT)):
-        ax.plot(TAUS, students[name], "o", color=color, ms=10, label=name.replace("_", " "))
+        ax.plot(TAUS, students[name], "o", color=color, label=name.replace("_", " "))
     ax.set(xlabel="truncation τ", ylabel="one-step std", xlim=(0, 0.8), ylim=(0, 0.6))
     ax.legend(loc="lower left")
     plt.show()
@@ -479,8 +479,8 @@ assert verdict["with critic"] < verdict["regression"] / 2
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.6))
 ax.plot(range(10, 510, 10), proven["with critic"], color=STUDENT, label="the run's own critic")
-ax.plot(500, verdict["regression"], "o", color=PINK, ms=11, label="referee, on the regression", clip_on=False)
-ax.plot(500, verdict["with critic"], "s", color=STUDENT, ms=11, label="referee, on the run", clip_on=False)
+ax.plot(500, verdict["regression"], "o", color=PINK, label="referee, on the regression", clip_on=False)
+ax.plot(500, verdict["with critic"], "s", color=STUDENT, label="referee, on the run", clip_on=False)
 ax.axhline(0, color="black", lw=1)
 ax.set(xlabel="update", ylabel="proven TV, 1 − L/2", xlim=(0, 505))
 ax.legend()

@@ -313,9 +313,9 @@ landed = mixture.flow_map(noise, one, steps=100)  # x̂₀ of the exact map
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.5))
 for ax, ends, title in zip(axes, (data, landed), ("drawn apart", "exact map")):
     lines = torch.stack([noise[:150], ends[:150]])  # (2,150,2)
-    ax.plot(lines[..., 0], lines[..., 1], color=GREY, lw=0.8, zorder=1)
-    ax.scatter(*lines[0].T, s=12, color=TEACHER, label="noise", zorder=2)
-    ax.scatter(*lines[1].T, s=12, color=STUDENT, label="data", zorder=2)
+    ax.plot(lines[..., 0], lines[..., 1], color=GREY, lw=0.8)
+    ax.scatter(*lines[0].T, s=12, zorder=3, color=TEACHER, label="noise")
+    ax.scatter(*lines[1].T, s=12, zorder=3, color=STUDENT, label="data")
     toy_2d.window(ax, title)
 axes[0].legend(loc="upper left")
 plt.show()
@@ -388,9 +388,9 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 4.5))
 for ax, net, title in zip(axes, (before, after), ("after phase 1", "after phase 2")):
     x, path = scflow.sample(net, noise[:40], steps=8, trajectory=True)
     jump = scflow.sample(net, noise[:40], steps=1)
-    ax.plot(*path.permute(2, 0, 1), color=GREY, lw=1.2, zorder=1)
-    ax.scatter(*jump.T, s=55, facecolors="none", edgecolors=TEACHER, label="1 step", zorder=2)
-    ax.scatter(*x.T, s=14, color=STUDENT, label="8 steps", zorder=3)
+    ax.plot(*path.permute(2, 0, 1), color=GREY, lw=1.2)
+    ax.scatter(*jump.T, s=55, zorder=3, facecolors="none", edgecolors=TEACHER, label="1 step")
+    ax.scatter(*x.T, s=14, zorder=3, color=STUDENT, label="8 steps")
     toy_2d.window(ax, title)
 axes[0].legend(loc="upper left")
 plt.show()
@@ -447,7 +447,7 @@ fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
 for ax, solver in zip(axes, ("euler", "renoise")):
     ax.axhspan(low, high, color="#EEEEEE", label="noise floor")
     for name, color, style in zip(rows, (GREY, STUDENT, TEACHER), ("s--", "o-", "^-")):
-        ax.plot(range(4), rows[name][solver], style, color=color, ms=8, label=name)
+        ax.plot(range(4), rows[name][solver], style, color=color, label=name)
     ax.set(xlabel="steps", xticks=range(4), xticklabels=STEPS)
 axes[0].set(title="Euler steps", ylabel="energy distance ×10³")
 axes[1].set_title("fresh re-noising")
@@ -495,8 +495,8 @@ errors2 = [map_error(after, t) for t in TIMES]
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.8))
-ax.plot(TIMES, errors1, "o-", color=STUDENT, ms=8, label="after phase 1")
-ax.plot(TIMES, errors2, "^-", color=TEACHER, ms=8, label="after phase 2")
+ax.plot(TIMES, errors1, "o-", color=STUDENT, label="after phase 1")
+ax.plot(TIMES, errors2, "^-", color=TEACHER, label="after phase 2")
 ax.set(xlabel="t", ylabel="flow-map error on true $x_t$", ylim=(0, None))
 ax.legend()
 plt.show()
@@ -565,11 +565,11 @@ fig, axes = plt.subplots(1, 2, figsize=(10, 4.3))
 for ax, key in zip(axes, ("gap", "eight")):
     errors = [values["error"] for values in chain.values()]
     heights = [values[key] for values in chain.values()]
-    ax.plot(errors, heights, "s-", color=GREEN, ms=8, label="joint, by λ")
+    ax.plot(errors, heights, "s-", color=GREEN, label="joint, by λ")
     for name, x, y in zip(chain, errors, heights):
         ax.annotate(name, (x, y), (6, 6), textcoords="offset points", fontsize=9)
     for name, color, marker in zip(points, (PINK, GREY, STUDENT, TEACHER), "DPo^"):
-        ax.plot(points[name]["error"], points[name][key], marker, color=color, ms=11, label=name)
+        ax.plot(points[name]["error"], points[name][key], marker, color=color, label=name)
     ax.set_xlabel("flow-map error at t = ½")
 axes[0].set(ylabel="gap, 1 to 8 steps", ylim=(0, None))
 axes[1].set_ylabel("energy distance ×10³, 8 steps")

@@ -26,8 +26,6 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, "..")  # a clone holds scflow.py and the scripts one folder up,
 sys.path.insert(0, ".")  # or here
@@ -39,6 +37,7 @@ except ImportError:  # a hosted notebook: fetch them once
 import scflow
 import toy_2d
 from celeba_latent import frechet_distance, knn_coverage
+from experiments.speed import count_flops
 
 torch.set_num_threads(1)  # networks this small run best in one thread
 plt.rcParams.update(toy_2d.STYLE)
@@ -263,17 +262,7 @@ assert coverage_fake < coverage_true - 0.2
 # DiT-B on 256 tokens (latents of 256-pixel faces, patches of two), and the operations of a pass of one row.
 # `python -m experiments.speed` counts and times whole updates.
 
-
 # %%
-def count(net):
-    """Floating-point operations of a pass of one row, counted as it runs."""
-    x = torch.zeros(1, *net.shape)
-    # The counter does not see into the fused attention of a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x, torch.zeros(1))
-    return counter.get_total_flops()
-
-
 nets = {
     "this notebook": net,
     "DiT-S": scflow.DiT((4, 32, 32), 2, **celeba_latent.SIZES["S"]),
@@ -281,7 +270,8 @@ nets = {
 }
 for name, model in nets.items():
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{name:14} {parameters / 1e6:6.1f} M parameters, {count(model) / 1e9:7.3f} GFLOP a pass")
+    flops = count_flops(model, torch.zeros(1, *model.shape), torch.zeros(1))
+    print(f"{name:14} {parameters / 1e6:6.1f} M parameters, {flops / 1e9:7.3f} GFLOP a pass")
 
 # %% [markdown]
 # **The answer.** The method did not notice. The representation did: what the autoencoder loses is lost, what the

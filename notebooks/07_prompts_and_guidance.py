@@ -59,9 +59,10 @@ for row, scale in zip(axes, (1, 2, 4)):
 plt.show()
 
 # %% [markdown]
-# At w = 1 both are the label's own mixture, and nothing is lost. From w = 2 on, the guided flow gives up the Gaussians
-# near the centre, which might be another label's. Its samples are surer of their label, and no longer its
-# distribution. The tilted density keeps these Gaussians: it is not what the guided flow ends in, not even the exact one.
+# At w = 1 both are the label's own mixture, and nothing is lost. From w = 2 on, the guided flow gives up the
+# Gaussians near the centre, which might be another label's. Its samples are surer of their label, and no longer its
+# distribution. The tilted density keeps these Gaussians: it is not what the guided flow ends in, not even the exact
+# one.
 
 # %%
 mixture = guidance.labelled()
