@@ -358,9 +358,7 @@ class Phase:
     tau: float = 0.4  # truncation τ: below it the consistency target is the data itself
     distance: Literal["huber", "squared"] = "huber"  # distance of the consistency losses
     self_source: Literal["student", "ema", "frozen"] = "student"  # whose one-step sample is x̂₀ in self-correction
-    self_form: Literal["x0", "velocity"] = (
-        "x0"  # compare landing points, or velocities: the same error over t, so a small t counts more
-    )
+    self_form: Literal["x0", "velocity"] = "x0"  # compare landing points, or velocities (the same error over t)
     pinned: float = 0.0  # share of the rows whose t is 1, where a single step is taken
     judged: float = 1.0  # share of the rows whose one-step sample the critic judges
     adversarial: Literal["hinge", "softplus"] = "hinge"  # adversarial loss

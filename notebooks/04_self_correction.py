@@ -569,7 +569,7 @@ for ax, key in zip(axes, ("gap", "eight")):
     for name, x, y in zip(chain, errors, heights):
         ax.annotate(name, (x, y), (6, 6), textcoords="offset points", fontsize=9)
     for name, color, marker in zip(points, (PINK, GREY, STUDENT, TEACHER), "DPo^"):
-        ax.plot(points[name]["error"], points[name][key], marker, color=color, label=name)
+        ax.plot(points[name]["error"], points[name][key], marker, ms=10, color=color, label=name)
     ax.set_xlabel("flow-map error at t = ½")
 axes[0].set(ylabel="gap, 1 to 8 steps", ylim=(0, None))
 axes[1].set_ylabel("energy distance ×10³, 8 steps")
