@@ -235,9 +235,9 @@ def mean_distance(pairs):
     return sum(lengths) / len(lengths)
 
 
-@pytest.mark.parametrize("dim, error", [(2, 2e-4), (3, 1e-5)])
+@pytest.mark.parametrize("dim, error", [(2, 1e-3), (3, 1e-5)])
 def test_the_energy_distance_by_brute_force(dim, error):
-    """Pair by pair. In 2-D every length is known to 2e-4 of itself, in 3-D to float32."""
+    """Pair by pair. In 2-D every length is known to 1e-3 of itself, in 3-D to float32."""
     x = torch.randn(5, dim)
     y = torch.randn(6, dim) + 1
     between = mean_distance(itertools.product(x, y))
@@ -262,7 +262,10 @@ def test_a_stratum_of_one_row_is_refused():
 
 @pytest.mark.parametrize("modes", [3, 4, 5, 6, 8, 12, 16])
 def test_symmetric_data_do_not_add_up_the_errors_of_projections(modes):
-    """A ring of modes against itself pushed outwards: in the plane, by projections, as in space, by pairs (0.1%)."""
+    """A ring of modes against itself pushed outwards: in the plane, by projections, as in space, by pairs.
+
+    To 1%. For 30 lines, or 32, the errors of the pairs would add up to 7% and 13%.
+    """
     angle = 2 * math.pi / modes * (torch.arange(1600) % modes)
     centres = torch.stack([2 * angle.cos(), 2 * angle.sin()], 1)
     x = centres + 0.03 * torch.randn(1600, 2, generator=gen(1))
@@ -271,7 +274,7 @@ def test_symmetric_data_do_not_add_up_the_errors_of_projections(modes):
     x = F.pad(x, (0, 1))  # a third coordinate of 0
     pushed = F.pad(pushed, (0, 1))
     in_space = EnergyDistance(x)(pushed)
-    assert abs(in_plane / in_space - 1) < 1e-3
+    assert abs(in_plane / in_space - 1) < 0.01
 
 
 def test_the_energy_distance_is_unbiased():
@@ -801,7 +804,7 @@ PANELS = {
     "2_steps": (1, 1),
     "3_paths": (1, 3),
     "4_field": (2, 4),
-    "5_losses": (1, 3),
+    "5_losses": (1, 1),  # a run this short has hardly a curve
     "6_critic": (1, 4),
 }
 

@@ -148,7 +148,9 @@ PALETTE = torch.tensor(
 )
 # From the first object to the second, by relation; x points to the right, y down.
 DIRECTIONS = torch.tensor([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
-TRAINED = torch.tensor([[(colour, shape) not in HELD_OUT for colour in COLOURS] for shape in SHAPES])  # (3,4)
+TRAINED = torch.ones(len(SHAPES), len(COLOURS), dtype=torch.bool)  # (3,4), False for what is held out
+for held_colour, held_shape in HELD_OUT:
+    TRAINED[SHAPES.index(held_shape), COLOURS.index(held_colour)] = False
 
 
 def settle(scenes: Tensor, generator=None) -> Tensor:

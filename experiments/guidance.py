@@ -340,7 +340,10 @@ def guidance_command(argv: list[str]) -> None:
             shown.setdefault(job.scale, place)
     results = common.Results(rows, [(job.row, metrics) for job, metrics in zip(jobs, measured)])
     toy_2d.write_csv(f"{asked.out}.csv", results.records)
-    lines = [LEGEND, *results.about(asked.samples), "", *results.table(), "", *results.tests(), ""]
+    lines = [LEGEND, *results.about(asked.samples), "", *results.table(), ""]
+    tests = results.tests()
+    if tests:
+        lines += [*tests, ""]
     lines += ["Energy distances ×10³ between them; mean over labels.", "", *compared_table(by_scale)]
     common.write_report(asked.out, "experiments.guidance", argv, lines)
     draw(shown, f"{asked.out}.png")

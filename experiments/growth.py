@@ -1,0 +1,270 @@
+"""What grows with what: errors and seconds by rows of a batch, width, dimensions and number of modes.
+
+    python -m experiments.growth            every case on three seeds
+    python -m experiments.growth --quick    one seed, a twentieth of the updates
+
+Each case is the default run of toy_2d.py with one number changed, on a mixture whose truth is known exactly.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import scflow
+import toy_2d
+from experiments import common
+from scflow import require
+from toy_2d import GaussianMixture
+
+# ═══ 1. The cases ═════════════════════════════════════════════════════════════════════════
+
+TEACHER = scflow.TeacherSettings()
+SCHEDULE = scflow.SCHEDULES["two_phase"]
+DEFAULT = {"rows": TEACHER.teacher_batch, "width": 128, "d": 2, "modes": 8}
+AXES = {  # what grows, and through which values; the rest stays at the default
+    "rows": (128, 256, 512, 1024),
+    "width": (32, 64, 128, 256),
+    "d": (2, 8, 32),
+    "modes": (9, 25, 49, 81),
+}
+TITLES = {
+    "rows": "rows of a batch",  # the teacher's; those of the student grow with them
+    "width": "hidden units of a layer",
+    "d": "dimensions",
+    "modes": "modes of a grid",
+}
+
+
+def all_cases() -> list[dict]:
+    """Every case once; the default belongs to three axes."""
+    cases = []
+    for axis, values in AXES.items():
+        for value in values:
+            case = {**DEFAULT, axis: value}
+            if case not in cases:
+                cases.append(case)
+    return cases
+
+
+def mixture(d: int = 2, modes: int = 8) -> GaussianMixture:
+    """Gaussians in d dimensions whose means have RMS radius 2.
+
+    Eight modes stand on a circle in the plane, and on both sides of four axes above. Any other number fills a square
+    grid in the plane; the deviation is a tenth of its spacing. Raises ValueError for a number that fits neither.
+    """
+    if d == 2 and modes == 8:
+        return toy_2d.dataset("8gaussians")
+    if d > 2:
+        require(modes % 2 == 0 and modes <= 2 * d, f"{d} axes have room for an even number of modes, not {modes}")
+        axes = 2 * torch.eye(modes // 2, d)
+        return GaussianMixture(torch.cat([axes, -axes]), 0.15)
+    side = round(modes**0.5)
+    require(side**2 == modes, f"a square grid has 9, 25, … modes, not {modes}")
+    line = torch.arange(side) - (side - 1) / 2
+    means = torch.cartesian_prod(line, line)
+    spacing = 2 / means.square().sum(1).mean().sqrt().item()
+    return GaussianMixture(spacing * means, spacing / 10)
+
+
+# ═══ 2. One run ═══════════════════════════════════════════════════════════════════════════
+
+
+def timed(loop):
+    """Run a training loop to its end: its average, and the milliseconds of the processor for each update."""
+    times = [time.process_time()]
+    for run in loop:
+        average = run.ema
+        times.append(time.process_time())
+    return average, 1e3 * np.diff(times)
+
+
+def measure(rows=512, width=128, d=2, modes=8, seed=0, share=1.0, samples=5000) -> dict:
+    """Train teacher and student of one case, and measure them; `share` of the updates.
+
+    Returns the row of the CSV file: energy distances ("student 4" is that of four steps), the RMS distance from the
+    one-step to the exact sample, the median time of an update, and the seconds of all updates at that time.
+    """
+    found = {"rows": rows, "width": width, "d": d, "modes": modes, "seed": seed}
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    data = mixture(d, modes)
+    batch = toy_2d.batches(data)
+    settings = replace(TEACHER, teacher_batch=rows, teacher_steps=round(share * TEACHER.teacher_steps))
+    batches = [phase.batch * rows // TEACHER.teacher_batch for phase in SCHEDULE]
+    schedule = toy_2d.revise(SCHEDULE, {"batch": batches})
+    schedule = scflow.rescale(schedule, share * sum(phase.steps for phase in schedule))
+
+    net = scflow.MLP(d, width)
+    critic = scflow.PointCritic(d, width // 2)
+    teacher, first = timed(scflow.train_teacher(net, batch, generator, settings))
+    student, then = timed(scflow.distill(teacher, critic, batch, generator, schedule))
+    end = schedule[0].steps
+    found["seconds"] = 0.0
+    stages = {"teacher ms": first, "phase 1 ms": then[:end], "phase 2 ms": then[end:]}
+    for stage, times in stages.items():
+        found[stage] = np.median(times).item()
+        found["seconds"] += len(times) * found[stage] / 1e3
+
+    generator = torch.Generator().manual_seed(10**6 + seed)
+    energy = toy_2d.EnergyDistance(*data.sample(samples, generator, stratified=True))
+
+    def draw_truth():
+        return data.sample(samples, generator)[0]
+
+    found["floor"], found["floor sd"] = toy_2d.noise_floor(energy, draw_truth, 10)
+    noise = torch.randn(samples, d, generator=generator)
+    found["teacher 50"] = energy(scflow.sample(teacher, noise, 50))
+    for steps in (1, 2, 4, 8):
+        found[f"student {steps}"] = energy(scflow.sample(student, noise, steps))
+    few = noise[:1000]  # the exact map is slow
+    truth = data.flow_map(few, torch.ones(len(few)))
+    found["map error"] = toy_2d.rms_distance(scflow.sample(student, few), truth)
+    found["machine"] = toy_2d.machine()
+    return found
+
+
+# ═══ 3. Table and figure ══════════════════════════════════════════════════════════════════
+
+TIMES = ("teacher ms", "phase 1 ms", "phase 2 ms", "seconds")
+DISTANCES = ("teacher 50", "student 1", "student 2", "student 4", "student 8")
+LINES = (("teacher 50", "#D55E00", "o"), ("student 1", "#56B4E9", "s"), ("student 8", "#0072B2", "D"))
+
+
+def along(axis: str, results: list[dict]) -> dict[int, list[dict]]:
+    """{value: the results of all seeds} of the cases in which nothing but this differs from the default."""
+    found = {}
+    for value in AXES[axis]:
+        case = {**DEFAULT, axis: value}
+        runs = [run for run in results if case.items() <= run.items()]
+        if runs:
+            found[value] = runs
+    return found
+
+
+def column(runs: list[dict], key: str, scale: float = 1.0) -> np.ndarray:
+    """A measure of some runs, (runs,)."""
+    return scale * np.array([run[key] for run in runs])
+
+
+def table(results: list[dict]) -> list[str]:
+    """Lines of Markdown: one row for each case."""
+    lines = []
+    for axis in AXES:
+        for value, runs in along(axis, results).items():
+            cells = [TITLES[axis], str(value)]
+            cells += [f"{np.median(column(runs, key)):.1f}" for key in TIMES]
+            floor = column(runs, "floor", 1e3).mean()
+            sd = column(runs, "floor sd", 1e3).mean()
+            cells.append(f"{floor:.2f} ± {sd:.2f}")
+            cells += [common.mean_sd(column(runs, key), 1e3) for key in DISTANCES]
+            cells.append(common.mean_sd(column(runs, "map error")))
+            lines.append(cells)
+    return common.markdown(["what grows", "to", *TIMES, "floor", *DISTANCES, "map error"], lines)
+
+
+def draw_distances(ax, axis: str, results: list[dict]) -> None:
+    """Energy distances along an axis: the mean over seeds and their range, and the noise floor in grey."""
+    cases = along(axis, results)
+    values = np.array(list(cases))
+    shift = 0.97  # the lines stand a little apart
+    for key, colour, marker in LINES:
+        found = np.stack([column(runs, key, 1e3) for runs in cases.values()])  # (values, seeds)
+        mean = found.mean(1)
+        reach = [mean - found.min(1), found.max(1) - mean]
+        ax.errorbar(shift * values, mean, reach, color=colour, marker=marker, label=key)
+        shift += 0.03
+    floor = np.array([column(runs, "floor", 1e3).mean() for runs in cases.values()])
+    sd = np.array([column(runs, "floor sd", 1e3).mean() for runs in cases.values()])
+    ax.fill_between(values, -1, floor + 2 * sd, color="#dddddd", lw=0, label="noise floor + 2 sd")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_xticks(values, values)
+    ax.set_yticks([0, 1, 10, 100], [0, 1, 10, 100])
+    ax.minorticks_off()
+
+
+def draw(results: list[dict], path) -> None:
+    """Distances above, seconds below; a column of the figure for each thing that grows."""
+    plt = toy_2d.drawing()
+    shape = {"figsize": (13, 6), "sharex": "col", "sharey": "row", "height_ratios": (2, 1)}
+    figure, axes = plt.subplots(2, len(AXES), **shape)
+    for i, axis in enumerate(AXES):
+        above, below = axes[:, i]
+        draw_distances(above, axis, results)
+        cases = along(axis, results)
+        seconds = [np.median(column(runs, "seconds")) for runs in cases.values()]
+        below.plot(cases.keys(), seconds, "k.-")
+        below.set(xlabel=TITLES[axis])
+    axes[0, 0].set_ylabel("energy distance × 10³")
+    axes[0, 0].set_ylim(bottom=-0.5)  # of the whole row, now that it is drawn
+    axes[1, 0].set_ylabel("CPU seconds")
+    axes[1, 0].set_ylim(bottom=0)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    toy_2d.write_figure(path, figure, 80)
+    plt.close(figure)
+
+
+# ═══ 4. The program ═══════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What is run, and where it goes."""
+
+    seeds: tuple = (0, 1, 2)  # seeds
+    samples: int = 5000  # points in the evaluation
+    quick: bool = False  # one seed, a twentieth of the updates, 1000 samples, into runs/quick
+    share: float = 1.0  # part of the default run's updates that are made
+    workers: int = os.cpu_count() or 1  # runs side by side, one thread each
+    runs: str = "runs/growth"  # folder of the finished runs, which are read back
+    out: str = "results/growth"  # path of the results, without .md, .csv and .png
+
+    def __post_init__(self):
+        require(self.share > 0, f"share must be positive, not {self.share}")
+        for name, least in {"samples": 50, "workers": 1}.items():
+            value = getattr(self, name)
+            require(value >= least, f"{name} must be at least {least}, not {value}")
+
+
+QUICK = {"seeds": [0], "samples": 1000, "share": 0.05, "out": "runs/quick"}
+LEGEND = """Energy distance ×10³ of the teacher after 50 and of the student after 1, 2, 4 and 8 Euler evaluations. Map
+error: RMS from the one-step to the exact sample. Milliseconds of the processor for an update, and seconds for all."""
+
+
+def growth_command(argv: list[str]) -> None:
+    """Cost and quality by rows of a batch, width, dimensions and modes: one of them grows at a time."""
+    (given,) = toy_2d.cli(argv, growth_command.__doc__, Growth())
+    if given.get("quick"):
+        given = {**QUICK, **given}
+    settings = Growth(**given)
+    cells = []
+    paths = []
+    for case in all_cases():
+        for seed in settings.seeds:
+            cell = {**case, "seed": seed, "share": settings.share, "samples": settings.samples}
+            mark = common.fingerprint(cell, TEACHER, SCHEDULE)  # all that a run depends on
+            cells.append(cell)
+            paths.append(Path(settings.runs, f"{common.slug(*case.values(), seed)}-{mark}.json"))
+    common.open_out(settings.out)
+    results = common.run_cells(measure, cells, paths, settings.workers)
+
+    toy_2d.write_csv(f"{settings.out}.csv", results)
+    seeds = ", ".join(str(seed) for seed in settings.seeds)
+    machines = "; ".join(sorted({run["machine"] for run in results}))
+    about = f"Mean ± sd over seeds {seeds}, times are medians; {settings.samples} samples; {machines}."
+    common.write_report(settings.out, "experiments.growth", argv, [LEGEND, about, "", *table(results)])
+    draw(results, f"{settings.out}.png")
+
+
+def main(argv=None) -> int:
+    """Run the program; returns its exit code."""
+    return toy_2d.main(argv, {"growth": growth_command}, "growth", "experiments.growth")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

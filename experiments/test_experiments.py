@@ -1,0 +1,1113 @@
+"""The house, the programs, the notebooks and the documents: who imports whom, and whether what is written is true.
+
+Each docstring says what is shown, and why its tolerance. Every program makes one real run, as small as it gets.
+"""
+
+import ast
+import csv
+import inspect
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+# A machine with a GPU runs the tests on its CPU, too.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import celeba_latent
+import scflow
+import toy_2d
+from experiments import ablation, captions, common, growth, guidance, relatives, speed
+from scflow import Phase, TeacherSettings
+from toy_2d import EnergyDistance
+
+torch.set_num_threads(1)  # for tiny matrices more threads are slower, and the order of sums must not change
+
+HOUSE = Path(__file__).parent.parent
+
+
+# ═══ Helpers ════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Fresh weights are the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64():
+    """Double precision for everything that the test makes."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def one_after_the_other(workers, function, *lists):
+    """`common.parallel_map` in this process."""
+    return list(map(function, *lists))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, in this process alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "parallel_map", one_after_the_other)
+    return tmp_path
+
+
+class Started(Exception):
+    """A program has begun with its first run."""
+
+
+def stop(*_, **__):
+    raise Started
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def four_networks():
+    """What `distill_losses` needs of a run."""
+    nets = {name: scflow.MLP(2, 16, 2) for name in ("teacher", "student", "target")}
+    return SimpleNamespace(**nets, critic=scflow.PointCritic(2, 16, 2))
+
+
+def run(program, *argv):
+    """The exit code of a program."""
+    return program.main([str(word) for word in argv])
+
+
+def refused(capsys, program, *argv):
+    """The program ends with one line, which is returned."""
+    capsys.readouterr()
+    assert run(program, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def read(path):
+    return Path(path).read_text(encoding="utf-8")
+
+
+def read_csv(path):
+    return list(csv.DictReader(read(path).splitlines()))
+
+
+def tables(text):
+    """The rows of all Markdown tables in a text, each {heading: cell}."""
+    rows = []
+    heads = None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            heads = None
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if heads is None:
+            heads = cells
+        elif set(line) - set("|- "):
+            rows.append(dict(zip(heads, cells)))
+    return rows
+
+
+def is_drawn(path):
+    """A picture that is neither small nor empty."""
+    image = Image.open(path).convert("L")
+    darkest, lightest = image.getextrema()
+    return min(image.size) > 100 and lightest - darkest > 100
+
+
+# ═══ The house ══════════════════════════════════════════════════════════════════════════════
+
+FLOORS = {"scflow": 0, "toy_2d": 1, "celeba_latent": 2, "experiments": 3, "notebooks": 4}
+PACKAGES = {"torch", "numpy", "matplotlib", "tqdm", "einops", "PIL"}  # the last comes with matplotlib
+OPTIONAL = {"diffusers", "torch_fidelity"}
+SHOWING = {"IPython", "ipywidgets"}  # a notebook has them
+
+
+def sources():
+    """{path: floor} of all files that are no tests."""
+    found = {}
+    for name, floor in FLOORS.items():
+        for path in [HOUSE / f"{name}.py", *sorted((HOUSE / name).glob("*.py"))]:
+            if path.exists() and not path.name.startswith("test_"):
+                found[path] = floor
+    return found
+
+
+every_source = pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)
+
+
+def imports(nodes):
+    """The packages, and our own modules, that these nodes of a syntax tree import."""
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@every_source
+def test_arrows_point_one_way_only(path):
+    """scflow ← toy_2d ← celeba_latent ← experiments ← notebooks. Experiments may share, notebooks are read by nobody."""
+    names = imports(ast.walk(ast.parse(read(path))))
+    assert not names & {notebook.stem for notebook in (HOUSE / "notebooks").glob("*.py")}
+    for name in names & FLOORS.keys():
+        shared = path.parent.name == name == "experiments"
+        assert shared or FLOORS[name] < sources()[path], name
+
+
+@every_source
+def test_five_packages_are_enough(path):
+    """Others are imported where they are used only, and a notebook has its own. The core does with two of the five."""
+    tree = ast.parse(read(path))
+    known = PACKAGES | sys.stdlib_module_names | FLOORS.keys()
+    assert imports(tree.body) <= known
+    strangers = imports(ast.walk(tree)) - known
+    assert strangers <= (SHOWING if path.parent.name == "notebooks" else OPTIONAL)
+    if path.stem == "scflow":
+        assert imports(ast.walk(tree)) - sys.stdlib_module_names == {"torch", "einops"}
+
+
+@every_source
+def test_no_module_is_loaded_by_its_path(path):
+    """Nor is code executed that stands in a file or in a string."""
+    tree = ast.parse(read(path))
+    assert not imports(ast.walk(tree)) & {"importlib", "runpy", "imp", "pkgutil"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            assert node.id not in ("exec", "eval", "__import__")
+
+
+# ═══ common.py ══════════════════════════════════════════════════════════════════════════════
+
+
+def test_a_paired_comparison_finds_a_difference_and_only_then():
+    """Halved in all of ten pairs: p is small. Up and down in turn: p is large. Keys make the pairs, not the order."""
+    a = {("moons", seed): 1 + 0.1 * seed for seed in range(10)}
+    half = {key: value / 2 for key, value in reversed(a.items())}
+    ratio, falls, p = common.paired(a, half).split(", ")
+    assert (ratio, falls) == ("×0.50", "10/10") and float(p) < 0.01
+    ratio, falls, p = common.paired(half, a).split(", ")
+    assert (ratio, falls) == ("×2.00", "0/10") and float(p) < 0.01
+
+    mixed = {}
+    for (name, seed), value in a.items():
+        mixed[name, seed] = value + (-1) ** seed * 0.01 * (seed + 1)
+    _, falls, p = common.paired(a, mixed).split(", ")
+    assert falls == "5/10" and float(p) > 0.5
+    assert common.paired(a, {("moons", 0): 1.0}) == ""
+
+
+def test_p_is_that_of_all_choices_of_the_signs():
+    """Eight changes have 256 choices of the signs, which can be counted (0.015: 4 standard errors of 20,000)."""
+    changes = np.array([-3, 7, 6, -1, 5, 4, -2, 8])  # each is its own rank
+    before = {("moons", i): 10.0 for i in range(8)}
+    after = {("moons", i): 10.0 + change for i, change in enumerate(changes)}
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    exact = (np.abs(signs @ np.abs(changes)) >= changes.sum()).mean()
+    _, falls, p = common.paired(before, after).split(", ")
+    assert falls == "3/8" and abs(float(p) - exact) < 0.015
+
+
+def test_numbers_and_names_are_written_plainly():
+    """Mean ± deviation, of one number itself, of none nothing; a slug is one safe name."""
+    assert common.mean_sd([1, 3]) == "2.00 ± 1.41"
+    assert common.mean_sd([0.5], 1000, 1) == "500.0"
+    assert common.mean_sd([]) == ""
+    assert common.slug("two phase", 0.5) == "two-phase-0.5"
+    assert common.slug("../λ_self 0/1", "x") == "..-λ_self-0-1-x"
+    lines = common.markdown(["a", "b"], [["1", "2"]])
+    assert tables("\n".join(lines)) == [{"a": "1", "b": "2"}]
+
+
+def test_finished_cells_are_read_back(here, monkeypatch):
+    """What is in a file is not computed again; a cell that fails, or is killed while it is written, leaves none."""
+    paths = [here / "cells" / f"{i}.json" for i in range(3)]
+    cells = [{"x": 0}, {"x": 1}, {"x": 2}]
+    assert common.run_cells(dict, cells, paths, 1) == cells
+    toy_2d.write_text(paths[1], '{"x": "found"}')
+    paths[2].unlink()
+    results = common.run_cells(dict, cells, paths, 1)
+    assert [result["x"] for result in results] == [0, "found", 2]
+
+    new = here / "cells" / "new.json"
+    with pytest.raises(Started):
+        common.run_cell(stop, {}, new)
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(Started):
+        common.run_cell(dict, {}, new)
+    assert not new.exists()
+
+
+def test_results_average_over_data_sets_before_they_take_deviations():
+    """The mean row is mean ± deviation over seeds of each seed's mean; pairs are counted over data sets and seeds."""
+    done = []
+    for dataset, seed, energy in (("a", 0, 1), ("a", 1, 3), ("b", 0, 11), ("b", 1, 10)):
+        for row, better in (("one", 0), ("two", 1)):
+            measures = {"solver": "euler", "nfe": 1, "energy": (energy - better) / 1000, "gap": 0.5}
+            metrics = {"dataset": dataset, "seed": seed, "machine": "here", "rows": [measures]}
+            metrics["floor"] = {"mean": 0.0, "sd": 1e-4}
+            done.append((row, metrics))
+    done.append(("one", {"dataset": "b", "seed": 2, "failure": "it ran away"}))
+    results = common.Results({"one": "", "two": "one"}, done)
+    found = {}
+    for row in tables("\n".join(results.table())):
+        found[row["data set (noise floor)"], row["row"]] = row["1"]
+    assert found["a (0.00 ± 0.10)", "one"] == "2.00 ± 1.41"
+    assert found["mean of 2", "one"] == "6.25 ± 0.35"  # of 6 and 6.5
+    (test,) = tables("\n".join(results.tests()))
+    assert test["against"] == "one" and test["1"].startswith("×0.84, 4/4, ")
+    assert results.about(9)[1] == "Failed: one, b, seed 2: it ran away."
+
+
+# ═══ ablation.py ════════════════════════════════════════════════════════════════════════════
+
+# What a row's name says, and the setting that this is.
+SAYS = {
+    "λ_self": "lambda_self",
+    "self-correction": "lambda_self",
+    "λ_adv": "lambda_adv",
+    "adversarial": "lambda_adv",
+    "a critic": "lambda_adv",
+    "consistency kept": "lambda_consistency",
+    "τ": "tau",
+    "truncation": "tau",
+    "δ": "delta",
+    "walk": "walk",
+    "target EMA": "target_ema",
+    "squared": "distance",
+    "softplus": "adversarial",
+    "R1": "r1",
+    "warm-up": "warmup",
+    "lr": "lr",
+    "rate": "lr",
+    "as long": "steps",
+    "as many": "steps",
+    "pinned": "pinned",
+    "x̂₀ of": "self_source",
+    "landing points": "self_form",
+}
+IDLE = {  # settings that say nothing while a loss has weight zero
+    "lambda_consistency": ("delta", "walk", "tau", "distance"),
+    "lambda_self": ("self_source", "self_form"),
+    "lambda_adv": ("judged", "adversarial", "r1", "lr_critic"),
+}
+
+
+def effective(phase):
+    """The settings of a phase that have a say."""
+    settings = asdict(phase)
+    for weight, idle in IDLE.items():
+        if settings[weight] == 0:
+            for name in idle:
+                del settings[name]
+    return settings
+
+
+def difference(schedule, other):
+    """[(number of the phase, setting, its value)] in which a schedule differs from another, where both have it."""
+    found = []
+    for number, phases in enumerate(zip(schedule, other), 1):
+        settings, before = map(effective, phases)
+        for name in settings.keys() & before.keys():
+            if settings[name] != before[name]:
+                found.append((number, name, settings[name]))
+    return found
+
+
+@cache
+def configured(flags):
+    """Run, teacher and schedule of a row."""
+    return toy_2d.configure(shlex.split(flags))
+
+
+def all_rows():
+    """(group, row) of every row."""
+    for group, rows in ablation.GROUPS.items():
+        for row in rows:
+            yield group, row
+
+
+@pytest.mark.parametrize("group, row", all_rows())
+def test_a_row_of_the_ablation_changes_what_its_name_says(group, row):
+    """Beside its base (the row named before its comma, else its partner) nothing else; and to the value in the name.
+
+    Lengths in the main group may differ: they make up for what an update costs.
+    """
+    rows = ablation.GROUPS[group]
+    flags, partner = rows[row]
+    assert partner in rows or partner == ""
+    made, _, schedule = configured(flags)
+    assert (made.teacher == "exact") == ("teacher exact" in row)
+    if row in scflow.SCHEDULES:
+        assert schedule == scflow.SCHEDULES[row]
+        return
+    base = row.split(",")[0]
+    base = base if base in rows else partner
+    _, _, other = configured(rows[base][0])
+    changed = difference(schedule, other)
+    words = row.removeprefix(base)
+    said = {SAYS[word] for word in SAYS if word in words and row not in ablation.VARIANTS}
+    found = {name for _, name, _ in changed}
+    if group == "main":
+        found.discard("steps")
+        said.discard("steps")
+    assert found == said
+
+    phases = re.findall(r"phase (\d)", row)
+    values = re.findall(r"(λ_\w+|τ|δ|lr|R1|EMA|walk) ([\w.-]+)", words)
+    for number, name, value in changed:
+        assert not phases or str(number) in phases
+        assert value == 0 or name == "steps" or "−" not in row
+        for word, text in values:
+            if SAYS.get(word, "target_ema") == name:
+                assert str(value) == text or float(value) == float(text)
+
+
+def test_no_two_rows_of_the_ablation_are_the_same():
+    """But for the two variants of self-correction, which are no matter of flags."""
+    for group in ablation.GROUPS.values():
+        seen = []
+        for row, (flags, _) in group.items():
+            if row not in ablation.VARIANTS:
+                seen.append(configured(flags))
+        assert all(a != b for a, b in itertools.combinations(seen, 2))
+
+
+@pytest.mark.parametrize("row", ablation.VARIANTS)
+def test_a_variant_of_self_correction_changes_what_it_says_and_nothing_else(row, monkeypatch):
+    """Fresh noise that happens to be x₁ is the paper's loss; without the stop-gradient only the gradient differs."""
+    networks = four_networks()
+    x0 = torch.randn(64, 2)
+    x1 = torch.randn(64, 2)
+    t = torch.rand(64)
+    phase = Phase()
+
+    def losses_of(function):
+        found, _ = function(networks, x0, x1, t, phase, phase.weights(0), gen())
+        gradient = torch.autograd.grad(found["self"], networks.student.parameters(), retain_graph=True)
+        return found, torch.cat([part.flatten() for part in gradient])
+
+    paper, gradient = losses_of(scflow.distill_losses)
+    losses, _ = losses_of(ablation.VARIANTS[row])
+    assert losses.keys() == paper.keys()
+    assert all(torch.equal(losses[name], paper[name]) for name in ("consistency", "bi", "adv"))
+    fresh = "fresh" in row
+    if fresh:
+        assert abs(losses["self"] - paper["self"]) > 1e-4
+        monkeypatch.setattr(scflow, "randn_like", lambda x, generator: x1)
+    losses, own_gradient = losses_of(ablation.VARIANTS[row])
+    torch.testing.assert_close(losses["self"], paper["self"])
+    assert torch.allclose(own_gradient, gradient, atol=1e-6) == fresh
+
+
+def test_the_ablation_runs_in_processes_and_repeats_no_run(here, monkeypatch, capsys):
+    """λ_self swept, and one row that explodes, as a command with two workers; then again, where nothing is trained."""
+    rows = ["λ_self 0", "paper", "λ_self 1", "--preset paper --student-lr 1e30"]
+    argv = ["--rows", *rows, "--datasets", "8gaussians", "--seeds", "0", "1", "--samples", "100", "--workers", "2"]
+    argv += ["--flags", "--teacher-steps 5 --student-steps 20 --nfe 1 2", "--out", "results/mine"]
+    command = [sys.executable, "-m", "experiments.ablation", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    text = read("results/mine.md")
+    assert text.startswith("`python -m experiments.ablation --rows 'λ_self 0'")
+    assert "seeds 0, 1; 100 samples" in text
+    assert text.count("Failed: --preset paper --student-lr 1e30, 8gaussians, seed") == 2
+    found = {row["row"]: row for row in tables(text) if "data set (noise floor)" in row}
+    assert list(found) == ["teacher", *rows[:3]]
+    tests = {row["row"]: row["against"] for row in tables(text) if "against" in row}
+    assert tests == {"λ_self 0": "paper", "λ_self 1": "paper"}
+
+    records = [record for record in read_csv("results/mine.csv") if record["row"] == "paper"]
+    assert len(records) == 2 * 4  # seeds, two solvers at two counts
+    two_steps = [record for record in records if record["solver"] == "euler" and record["nfe"] == "2"]
+    energy = [float(record["energy"]) for record in two_steps]
+    assert found["paper"]["2"] == common.mean_sd(energy, 1000)
+    assert is_drawn("results/mine.png") and is_drawn("results/mine-frontier.png")
+
+    monkeypatch.setattr(toy_2d, "fit_teacher", stop)
+    assert run(ablation, *argv) == 0
+    assert read("results/mine.md") == text
+    with pytest.raises(Started):
+        run(ablation, *argv, "--samples", 101)  # of other settings nothing is read back
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--rows", "λ_self 7"], "no row"),
+        (["--rows", "two_phase", "--lambda-self -1"], "row '--lambda-self -1': lambda_self"),
+        (["--datasets", "moon"], "moon"),
+        (["--datasets", "moons", "--rows", "teacher exact"], "mixture"),
+    ],
+)
+def test_a_bad_ablation_is_refused_before_anything_is_done(argv, word, here, capsys):
+    """One line that names it, and an empty folder."""
+    assert word in refused(capsys, ablation, *argv)
+    assert not list(here.iterdir())
+
+
+# ═══ relatives.py ═══════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("method", relatives.METHODS)
+def test_every_relative_gets_the_same_time(method, monkeypatch):
+    """A fiftieth of the default run's, counted update by update, teacher and pairs included (5%: rounding)."""
+    spent = []
+
+    def meter(place, name, price):
+        loop = getattr(place, name)
+
+        def metered(*args, **options):
+            for state in loop(*args, **options):
+                spent.append(price(state, *args))
+                yield state
+
+        monkeypatch.setattr(place, name, metered)
+
+    def price_of_phase(state, teacher, critic, batch, generator, schedule):
+        if len(schedule) == 1:
+            return relatives.COST["paper"]
+        return relatives.COST["phase_1" if state.phase == schedule[0] else "phase_2"]
+
+    def sampled(net, noise, steps, solver):
+        thousands = len(noise) / 1000 * scflow.nfe(steps, solver)
+        spent.append(relatives.COST["thousand_samples"] * thousands)
+        return noise
+
+    meter(scflow, "train_teacher", lambda *_: 1)
+    meter(scflow, "distill", price_of_phase)
+    meter(relatives.Lab, "train", lambda state, lab, net, loss, *_: relatives.COST[loss.__name__])
+    monkeypatch.setattr(scflow, "sample", sampled)
+    relatives.METHODS[method](relatives.Lab("moons", share=0.02))
+    assert abs(sum(spent) / (0.02 * relatives.BUDGET) - 1) < 0.05
+
+
+def test_every_relative_has_at_most_twelve_trials():
+    """Of settings that it takes, and what it is called with by default is one of them."""
+    for method, function in relatives.METHODS.items():
+        trials = relatives.trials(method)
+        defaults = inspect.signature(function).parameters
+        assert len(trials) <= 12
+        for trial in trials:
+            assert trial.keys() <= defaults.keys()
+        if method in relatives.TRIALS:
+            assert {name: defaults[name].default for name in trials[0]} in trials
+
+
+def test_relatives_are_compared_and_read_back(here, monkeypatch):
+    """Three of them in two shares of the time: costs, tables by steps and by time, figures; again, no run is made."""
+    methods = ["2-rectified flow", "BOOT", relatives.OURS]
+    argv = ["--methods", *methods, "--datasets", "moons", "--seeds", 0, 1, "--shares", 0.005, 0.01]
+    argv += ["--samples", 100, "--rounds", 1]
+    assert run(relatives, *argv) == 0
+    found = tables(read("results/relatives.md"))
+    costs = {row["loss"]: float(row["ms"]) for row in found if "loss" in row}
+    assert costs.keys() == relatives.COST.keys() and min(costs.values()) > 0
+    by_steps = [row for row in found if "gap at 8" in row and "against" not in row]
+    by_time = [row for row in found if "0.01" in row]
+    assert [row["row"] for row in by_steps] == methods
+    for steps, times in zip(by_steps, by_time):
+        assert steps["1"] == times["0.01"]  # one step with all of the time
+    assert by_steps[1]["1"] and not by_steps[1]["2"]  # BOOT knows one step only
+    assert is_drawn("results/relatives.png") and is_drawn("results/relatives-time.png")
+
+    records = read_csv("results/relatives.csv")
+    monkeypatch.setattr(relatives, "Lab", stop)
+    monkeypatch.setattr(relatives, "cost_table", lambda rounds: [])
+    assert run(relatives, *argv) == 0
+    assert read_csv("results/relatives.csv") == records
+    with pytest.raises(Started):
+        run(relatives, *argv, "--samples", 101)
+
+
+def test_an_unknown_relative_is_refused(here, capsys):
+    """One line, and an empty folder."""
+    assert "alchemy" in refused(capsys, relatives, "--methods", "alchemy")
+    assert not list(here.iterdir())
+
+
+# ═══ growth.py ══════════════════════════════════════════════════════════════════════════════
+
+
+def test_one_thing_grows_at_a_time():
+    """Every case once; each differs from the default in one number or in none, and its data have RMS radius 2."""
+    cases = growth.all_cases()
+    assert growth.DEFAULT in cases
+    for i, case in enumerate(cases):
+        assert case not in cases[:i]
+        assert sum(case[name] != value for name, value in growth.DEFAULT.items()) <= 1
+        means = growth.mixture(case["d"], case["modes"]).means
+        assert means.shape == (case["modes"], case["d"])
+        assert abs(means.square().sum(1).mean() - 4) < 1e-5  # rounding
+
+
+def test_growth_is_measured_and_read_back(here, monkeypatch):
+    """Three cases on two seeds: the default stands on every axis; a table, a figure; again, no run is made."""
+    monkeypatch.setattr(growth, "AXES", {"width": (64, 128), "d": (2, 8)})
+    argv = ["--seeds", 0, 1, "--share", 0.01, "--samples", 100]
+    assert run(growth, *argv) == 0
+    text = read("results/growth.md")
+    rows = tables(text)
+    shown = [(row["what grows"], row["to"]) for row in rows]
+    width = growth.TITLES["width"]
+    d = growth.TITLES["d"]
+    assert shown == [(width, "64"), (width, "128"), (d, "2"), (d, "8")]
+    records = read_csv("results/growth.csv")
+    assert len(records) == 3 * 2
+    default = [record for record in records if record["d"] == "2" and record["width"] == "128"]
+    energy = [float(record["student 8"]) for record in default]
+    assert rows[1]["student 8"] == rows[2]["student 8"] == common.mean_sd(energy, 1000)
+    assert is_drawn("results/growth.png")
+
+    monkeypatch.setattr(scflow, "train_teacher", stop)
+    assert run(growth, *argv) == 0
+    assert read("results/growth.md") == text
+    with pytest.raises(Started):
+        run(growth, *argv, "--share", 0.02)
+
+
+# ═══ guidance.py ════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_the_guided_velocity_is_that_of_the_tilted_density(scale, t):
+    """v = −(x + t·s)/(1−t), s the gradient of (1−w)·log p_t(x) + w·log p_t(x|c) by autograd (1e-10: rounding)."""
+    mixture = guidance.labelled()
+    x = 2 * torch.randn(60, 2)
+    x.requires_grad_()
+    times = torch.full((60,), t)
+    labels = torch.tensor([1, 2, 3]).repeat(20)[:, None]
+    free = mixture.log_density(x, times)
+    conditional = mixture.log_density(x, times, labels)
+    log = (1 - scale) * free + scale * conditional
+    (score,) = torch.autograd.grad(log.sum(), x)
+    expected = -(x + t * score) / (1 - t)
+    found = scflow.guided(mixture, scale)(x, times, labels)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("label", guidance.LABELS)
+def test_following_the_guided_flow_does_not_sample_the_tilted_density(label):
+    """At w = 1 the two agree with the label's data within 0.01 (floor 0.003); at w = 2 they are 0.1 apart."""
+    mixture = guidance.labelled()
+    cond = torch.full((1500, 1), label)
+
+    def distance(scale):
+        tilted = guidance.tilted(mixture, label, scale, 1500, gen())
+        noise = torch.randn(1500, 2, generator=gen(1))
+        followed = scflow.sample(scflow.guided(mixture, scale), noise, 30, "heun", cond)
+        return EnergyDistance(tilted)(followed)
+
+    assert abs(distance(1.0)) < 0.01
+    assert distance(2.0) > 0.1
+    data, _ = guidance.of_label(mixture, label).sample(1500, gen(2))
+    tilted = guidance.tilted(mixture, label, 1.0, 1500, gen())
+    assert abs(EnergyDistance(data)(tilted)) < 0.01
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_a_guided_student_learns_from_what_it_is_told(source, monkeypatch):
+    """Samples of the guided teacher, or data of the label; at w = 4 they are far apart.
+
+    Energy distances are below 0.03 to one, above 0.3 to the other: 5 or more deviations either way.
+    """
+    seen = {}
+    mixture = guidance.labelled()
+
+    def spy(velocity, critic, batch, *rest, **options):
+        seen.update(velocity=velocity, batch=batch)
+        stop()
+
+    net = scflow.MLP(tokens=(1, 3))
+    net.forward = mixture.forward  # it has weights, and is exact
+    monkeypatch.setattr(guidance, "fit_teacher", lambda *_: net)
+    monkeypatch.setattr(scflow, "distill", spy)
+    job = guidance.Job(0, 4.0, source, 50, TeacherSettings(), (Phase(),))
+    with pytest.raises(Started):
+        guidance.run_one(job, "")
+    x0, labels = seen["batch"](1500, gen())
+    t = torch.rand(1500)
+    assert torch.equal(seen["velocity"](x0, t, labels), scflow.guided(mixture, 4.0)(x0, t, labels))
+    pool, component = mixture.sample(6000, gen(1))
+    for label in guidance.LABELS:
+        ours = x0[labels[:, 0] == label]
+        data = pool[mixture.labels[component] == label]
+        noise = torch.randn(500, 2, generator=gen(2))
+        cond = torch.full((500, 1), label)
+        samples = scflow.sample(scflow.guided(mixture, 4.0), noise, 50, cond=cond)
+        near, far = (samples, data) if source == "teacher" else (data, samples)
+        assert EnergyDistance(near)(ours) < 0.03
+        assert EnergyDistance(far)(ours) > 0.3
+
+
+def test_guided_students_are_measured_and_read_back(here, monkeypatch, capsys):
+    """Two scales, two sources: a row for each; the critic is off where the name says so; again, no run is made."""
+    argv = ["--scales", 1, 3, "--seeds", 0, "--learn-from", "teacher", "data-no-critic", "--samples", 50]
+    argv += ["--teacher-steps", 5, "--student-steps", 4]
+    monkeypatch.setattr(guidance, "own_samples", partial(guidance.own_samples, n=200))
+    fit_student = guidance.fit_student
+    critics = []
+
+    def spy(teacher, scale, learn_from, seed, schedule):
+        critics.append([phase.lambda_adv for phase in schedule])
+        return fit_student(teacher, scale, learn_from, seed, schedule)
+
+    monkeypatch.setattr(guidance, "fit_student", spy)
+    assert run(guidance, *argv) == 0
+    usual = [phase.lambda_adv for phase in scflow.SCHEDULES["two_phase"]]
+    assert critics == 2 * [usual, [0, 0]]
+    text = read("results/guidance.md")
+    names = [row["row"] for row in tables(text) if "gap at 8" in row]
+    assert all(name in text for name in guidance.COMPARED)
+    expected = []
+    for scale in (1, 3):
+        expected += [f"w = {scale}, from teacher", f"w = {scale}, from data-no-critic"]
+    assert names == expected
+    for record in read_csv("results/guidance.csv"):
+        labels = [float(record[f"energy of label {label}"]) for label in guidance.LABELS]
+        assert float(record["energy"]) == pytest.approx(np.mean(labels))
+    assert is_drawn("results/guidance.png")
+
+    monkeypatch.setattr(guidance, "run_one", stop)
+    assert run(guidance, *argv) == 0
+    assert read("results/guidance.md") == text
+    with pytest.raises(Started):
+        run(guidance, *argv, "--student-steps", 6)
+    assert "from-data" in refused(capsys, guidance, "--learn-from", "from-data")
+
+
+# ═══ speed.py ═══════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.usefixtures("float64")
+def test_one_loss_at_a_time_is_the_same_computation():
+    """Losses, gradients, judged samples and random numbers are those of `distill_losses` (1e-12: rounding)."""
+    networks = four_networks()
+    x0 = torch.randn(32, 2)
+    x1 = torch.randn(32, 2)
+    t = torch.rand(32)
+    phase = Phase(judged=0.5)
+    weights = phase.weights(0)
+    results = []
+    for function in (speed.one_loss_at_a_time, scflow.distill_losses):
+        generator = gen(7)
+        losses, judged = function(networks, x0, x1, t, phase, weights, generator)
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        gradient = torch.autograd.grad(total, networks.student.parameters())
+        values = torch.stack([losses[name] for name in weights])
+        results.append([values, judged, generator.get_state(), *gradient])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_operations_are_counted():
+    """A linear layer and attention by hand, a product and a sum each: 2·rows·in·out, and 2·2·heads·tokens²·dim."""
+    assert speed.count_flops(nn.Linear(8, 16), torch.randn(5, 8)) == 2 * 5 * 8 * 16
+    q = torch.randn(1, 3, 7, 4)
+    assert speed.count_flops(nn.functional.scaled_dot_product_attention, q, q, q) == 4 * 3 * 7 * 7 * 4
+
+
+def test_networks_are_compiled_after_the_first_update(monkeypatch):
+    """All of them, once, and none before it."""
+    compiled = []
+    monkeypatch.setattr(celeba_latent, "compile_in_place", compiled.append)
+    loop = speed.point_loop(Phase(batch=4), speed.Variant(compiled=True), "cpu")
+    first = next(loop)
+    assert compiled == [first.teacher, first.student, first.target, first.frozen, first.critic]
+    next(loop)
+    assert len(compiled) == 5
+
+
+@pytest.mark.parametrize("kind, updates", [("--points", 5), ("--sizes=small", 2)])
+def test_updates_are_timed(kind, updates, here, monkeypatch):
+    """Two variants of every update, which here take 3 s and 2 s; the share is that of a matrix product as large."""
+    rates = iter([1e9, 1.05e9])
+    advance = speed.advance
+
+    def clocked(loop, variant, *rest):
+        advance(loop, variant, *rest)
+        return 3.0 if variant.naive else 2.0
+
+    monkeypatch.setattr(speed, "advance", clocked)
+    monkeypatch.setattr(speed, "matmul_rate", lambda device: next(rates))
+    monkeypatch.setattr(scflow, "LatentCritic", partial(scflow.LatentCritic, width=8))
+    monkeypatch.setitem(celeba_latent.SIZES, "small", {"dim": 32, "depth": 1, "heads": 2})
+    assert run(speed, kind, "--batch", 2, "--rounds", 1, "--updates", 1) == 0
+    content = json.loads(read("results/speed.json"))
+    assert [row["variant"] for row in content["rows"]] == updates * ["naive fp32", "ours"]
+    for row, measures in zip(tables(read("results/speed.md")), content["rows"]):
+        ours = measures["variant"] == "ours"
+        assert row["ratio"].startswith("1.50" if ours else "1.00")
+        share = measures["flops"] / 1e9 / (2 if ours else 3)
+        assert row["share"] == f"{share:.1%}"
+    assert "moved by 5%" in read("results/speed.md")
+
+
+# ═══ captions.py ════════════════════════════════════════════════════════════════════════════
+
+
+def two_objects(n, generator):
+    """Scenes (n,7) of two different objects of which all is said."""
+    said = (captions.SCENES >= 0).all(1) & (captions.SCENES[:, 3] > 0)
+    first = captions.SCENES[:, :3]
+    second = captions.SCENES[:, 4:]
+    scenes = captions.SCENES[said & (first != second).any(1)]
+    return scenes[torch.randperm(len(scenes), generator=generator)[:n]]
+
+
+def passing(scenes, pictures):
+    """The share of pictures that show their scenes."""
+    return captions.accuracy(captions.numbers_of(scenes), pictures)
+
+
+def test_the_reader_reads_what_was_drawn():
+    """All of 500 pictures, 8 bits deep, of seen and of held-out combinations."""
+    generator = gen()
+    seen = captions.pick(300, generator)
+    unseen = captions.pick(200, generator, unseen=True)
+    scenes = captions.SCENES[torch.cat([seen, unseen])]
+    scenes = captions.settle(scenes, generator)
+    pictures = captions.draw(scenes, generator)
+    assert 0 <= pictures.min() and pictures.max() <= 1
+    assert passing(scenes, (255 * pictures).round() / 255) == 1
+
+
+@pytest.mark.parametrize("mistake", captions.mistakes(captions.SCENES[:1]))
+def test_the_reader_notices_every_kind_of_mistake(mistake):
+    """Of pictures that differ from the sentence in this alone none passes for it."""
+    generator = gen(1)
+    scenes = two_objects(60, generator)
+    wrong = captions.mistakes(scenes)[mistake]
+    told = (wrong != scenes).any(1)  # two red objects may swap their colours
+    assert told.sum() > 30
+    assert passing(scenes[told], captions.draw(wrong[told], generator)) == 0
+
+
+def test_what_a_sentence_leaves_open_may_be_anything():
+    """Sizes and colours are struck out of it: all of its pictures pass still, and with another shape none."""
+    generator = gen(3)
+    scenes = two_objects(60, generator)
+    pictures = captions.draw(scenes, generator)
+    scenes[:, [0, 1, 4, 5]] = -1
+    assert passing(scenes, pictures) == 1
+    scenes[:, 2] = (scenes[:, 2] + 1) % 3
+    scenes[:, 6] = (scenes[:, 6] + 1) % 3
+    assert passing(scenes, pictures) == 0
+
+
+def damaged(kind, x):
+    """Pictures (B,3,32,32) of which none should pass for anything."""
+    ground = x[:, :, :1, :1]
+    inside = (x - ground).abs().sum(1, keepdim=True) > 0.05
+    stripes = torch.arange(32) % 8 < 4
+    corner = torch.zeros(32, 32)
+    corner[:4, :4] = 1
+    red = captions.PALETTE[0][:, None, None]
+    kinds = {
+        "noise": torch.rand(x.shape, generator=gen(4)),
+        "empty ground": ground.expand_as(x),
+        "dark ground": torch.where(inside, x, 0.3),
+        "half a shape": torch.where(inside & stripes[:, None], ground, x),
+        "two colours": torch.where(stripes, x, x.roll(1, 1)),  # the channels of some columns are turned
+        "a blot": torch.lerp(x, red.expand_as(x), corner),
+        "a ghost": torch.lerp(x, red.expand_as(x), 0.45 * corner),
+        "a mean": x.mean(0).expand_as(x),
+    }
+    return kinds[kind]
+
+
+KINDS = ("noise", "empty ground", "dark ground", "half a shape", "two colours", "a blot", "a ghost", "a mean")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reader_passes_no_damaged_picture(kind):
+    """Of 60 pictures of "a circle" at most 2 (a blot may fall on the shape, half a shape may look like a small one)."""
+    scenes = captions.SCENES[captions.parse("a circle")].expand(60, -1)
+    pictures = captions.draw(scenes, gen(2))
+    assert passing(scenes, pictures) == 1
+    assert passing(scenes, damaged(kind, pictures)) <= 2 / 60
+
+
+def test_sentences_and_scenes_are_the_same_thing():
+    """Each of the 8,145 scenes has a sentence and tokens of its own: the sentence is parsed back, its words are told."""
+    count = 45 + 4 * 45**2
+    assert len(captions.SENTENCES) == len(captions.SCENES) == len(captions.TOKENS.unique(dim=0)) == count
+    for text, number in list(captions.SENTENCES.items())[::37]:
+        assert captions.parse(f"{text.capitalize()}.") == number
+        assert captions.sentence(captions.SCENES[number].tolist()) == text
+        words = [captions.WORDS[token - 1] for token in captions.TOKENS[number].tolist() if token]
+        assert " ".join(words) == text
+
+
+def test_held_out_combinations_are_never_trained_on():
+    """Of 5,000 drawn sentences none names one, and no open colour is drawn as one; all others occur."""
+    pairs = ("green triangle", "yellow square")
+    scenes = captions.SCENES[captions.pick(5000, gen())]
+    settled = captions.settle(scenes, gen(1))
+    for scene in torch.cat([scenes, settled]).unique(dim=0).tolist():
+        assert not any(pair in captions.sentence(scene) for pair in pairs)
+    unseen = captions.SCENES[captions.pick(500, gen(), unseen=True)]
+    for scene in unseen.unique(dim=0).tolist():
+        assert any(pair in captions.sentence(scene) for pair in pairs)
+    drawn = settled[:, 1:3].unique(dim=0)
+    assert len(drawn) == 4 * 3 - 2
+
+
+def test_the_teacher_sees_pictures_of_its_sentences():
+    """Decoded, 95% of the latents of a batch show what their tokens say (the autoencoder loses a little)."""
+    codec = celeba_latent.Codec(captions.codec_of(2000))
+    latents, tokens = captions.batches(codec)(100, gen())
+    known = captions.TOKENS.tolist()
+    numbers = torch.tensor([known.index(row) for row in tokens.tolist()])
+    pictures = codec.decode(latents) / 255
+    assert captions.accuracy(numbers, pictures) > 0.95
+    assert captions.accuracy(numbers.roll(1), pictures) < 0.2
+
+
+def test_variety_is_the_number_of_colours():
+    """Four for pictures of "a circle", three for "a square", none where they show something else (5%: 100 pictures)."""
+    circle = captions.parse("a circle")
+    square = captions.parse("a square")
+    for number, shown, colours in ((circle, circle, 4), (square, square, 3), (circle, square, 0)):
+        pictures = captions.draw(captions.SCENES[shown].expand(100, -1), gen())
+        assert captions.variety(number, pictures) == pytest.approx(colours, rel=0.05)
+
+
+@pytest.mark.parametrize("prompt, word", [("a purple circle", "yellow"), ("a red small circle", "SIZE"), ("", "SIZE")])
+def test_a_prompt_outside_the_grammar_is_refused(prompt, word, here, capsys):
+    """One line: the words if one is unknown, else the grammar; nothing is written."""
+    assert word in refused(capsys, captions, "sample", "--prompt", prompt)
+    assert not list(here.iterdir())
+
+
+def test_captions_are_trained_resumed_and_sampled(here, monkeypatch, capsys):
+    """Stopped after the teacher, it goes on from there; then a table, a sheet, and a prompt. Again, no run is made."""
+    few = {"steps": 3, "batch": 4}
+    schedule = tuple(replace(phase, **few) for phase in captions.SCHEDULES["cpu"])
+    monkeypatch.setitem(captions.SCHEDULES, "cpu", schedule)
+    monkeypatch.setitem(captions.TEACHERS, "cpu", TeacherSettings(4, 8, 1e-3))
+    monkeypatch.setitem(captions.NETWORKS, "cpu", {"dim": 16, "depth": 1, "heads": 2})
+    monkeypatch.setattr(captions, "codec_of", partial(captions.codec_of, 1000))
+    accuracy = captions.accuracy
+    monkeypatch.setattr(captions, "accuracy", lambda numbers, pictures: accuracy(numbers[:10], pictures[:10]))
+    argv = ["--seeds", 7, "--samples", 200, "--guidance", 3, "--device", "cpu", "--quiet"]
+    distill = scflow.distill
+
+    seen = {}
+
+    def spy(velocity, *rest, student, **options):
+        seen.update(velocity=velocity, teacher=student)
+        stop()
+
+    monkeypatch.setattr(scflow, "distill", spy)
+    with pytest.raises(Started):
+        run(captions, *argv)
+    x = torch.randn(3, *captions.LATENT)
+    t = torch.rand(3)
+    guided = scflow.guided(seen["teacher"], 3.0)
+    assert torch.equal(seen["velocity"](x, t, captions.TOKENS[:3]), guided(x, t, captions.TOKENS[:3]))
+    folder = Path("runs/captions/seed-7")
+    teacher = (folder / "teacher.pt").read_bytes()
+    assert "--overwrite" in refused(capsys, captions, *argv)
+    monkeypatch.setattr(scflow, "distill", distill)
+    assert run(captions, *argv, "--resume") == 0
+    assert (folder / "teacher.pt").read_bytes() == teacher
+
+    text = read("runs/captions/captions.md")
+    truth, autoencoder, *networks = tables(text)
+    assert truth["accuracy"] == truth["held out"] == truth["in red"] == autoencoder["accuracy"] == "100.0%"
+    counts = [(row["network"], row["evaluations"]) for row in networks]
+    expected = [("teacher, unguided", n) for n in ("1", "2", "4", "50")]
+    expected += [("teacher, guided", "100")]
+    expected += [("student", n) for n in ("1", "2", "4", "8")]
+    assert counts == expected
+    assert is_drawn(folder / "prompts.png")
+
+    monkeypatch.setattr(captions, "measure", stop)
+    assert run(captions, *argv, "--resume") == 0
+    assert read("runs/captions/captions.md").splitlines()[1:] == text.splitlines()[1:]
+    assert run(captions, "sample", "--out", folder, "--steps", 1, 2, "--count", 3, "--device", "cpu") == 0
+    assert Image.open("prompt.png").size == (3 * 136, 2 * 136)
+
+    scflow.save("stranger.pt", scflow.MLP(), codec=scflow.read(folder / "student.pt")["codec"])
+    assert "no network of captions" in refused(capsys, captions, "sample", "--out", "stranger.pt")
+    assert "twice" in refused(capsys, captions, "--seeds", 8, 8)
+    assert not Path("runs/captions/seed-8").exists()
+
+
+# ═══ The notebooks ══════════════════════════════════════════════════════════════════════════
+
+
+def percent_cells(text):
+    """[(kind, text)] of the cells in a .py file, each of which begins with # %%."""
+    cells = []
+    for part in re.split("^# %%", text, flags=re.MULTILINE)[1:]:
+        mark, *lines = part.strip("\n").split("\n")
+        kind = "markdown" if "[markdown]" in mark else "code"
+        if kind == "markdown":
+            lines = [re.sub("^# ?", "", line) for line in lines]
+        cells.append((kind, "\n".join(lines).strip("\n")))
+    return cells
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sources() if path.parent.name == "notebooks"])
+def test_a_notebook_is_its_source_executed(name):
+    """The .ipynb has the cells of the .py, which ran from top to bottom without an error, and is not large."""
+    file = HOUSE / "notebooks" / f"{name}.ipynb"
+    cells = json.loads(read(file))["cells"]
+    written = [(cell["cell_type"], "".join(cell["source"]).strip("\n")) for cell in cells]
+    assert written == percent_cells(read(file.with_suffix(".py")))
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert file.stat().st_size < 1_000_000
+
+
+# ═══ The documents ══════════════════════════════════════════════════════════════════════════
+
+README = read(HOUSE / "README.md")
+DOCUMENTS = [HOUSE / "README.md", HOUSE / "experiments/README.md", *sorted(HOUSE.glob("docs/*.md"))]
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+EXPERIMENTS = (ablation, captions, growth, guidance, relatives, speed)
+PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
+PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
+FIRST_STEPS = {  # where each program begins with its first run
+    "fit_teacher": toy_2d,
+    "write_latents": celeba_latent,
+    "parallel_map": common,
+    "cost_table": relatives,
+    "run_one": captions,
+    "matmul_rate": speed,
+}
+
+
+def blocks(text, language=""):
+    """The bodies of the blocks between ``` that are in this language."""
+    return re.findall(f"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """The commands of all blocks, and those in the README's sentences, without `python`."""
+    found = re.findall(r"`python ([^`]*)`", README)
+    for document in DOCUMENTS:
+        for block in blocks(read(document)):
+            found += re.findall(r"^(?:pip .* && )?python (.*)$", block, re.MULTILINE)
+    ours = {" ".join(command.split()) for command in found}
+    return sorted(command for command in ours if not command.startswith(("-m pytest", "-m jupytext")))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_documents_is_understood(command, here, monkeypatch, capsys):
+    """As written, in an empty folder: it begins its first run, or misses only what an earlier command leaves."""
+    for name, place in FIRST_STEPS.items():
+        monkeypatch.setattr(place, name, stop)
+    np.save("points.npy", np.random.default_rng(0).normal(size=(200, 2)))
+    (program,) = [name for name in PROGRAMS if command.startswith(name)]
+    argv = shlex.split(command.removeprefix(program))
+    try:
+        code = run(PROGRAMS[program], *argv)
+    except Started:
+        return
+    except SystemExit as end:
+        assert "--help" in argv and end.code == 0
+        return
+    error = capsys.readouterr().err
+    missing = "no (pictures|teacher|checkpoint|finished run|device 'cuda')|not a latents folder"
+    assert code == 2 and re.search(missing, error), error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short finished run of toy_2d.py."""
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    short = ["--teacher-steps", 20, "--student-steps", 20, "--samples", 100, "--figures", "none", "--quiet"]
+    assert run(toy_2d, *short, "--out", folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
+def test_an_example_of_the_readme_runs(number, finished, here):
+    """As it stands, after `python toy_2d.py`."""
+    code = blocks(README, "python")[number]
+    if "diffusers" in code:
+        pytest.importorskip("diffusers")  # an optional extra
+    shutil.copytree(finished, "runs/8gaussians")
+    scope = {}
+    exec(code, scope)
+    if "x0" in scope:
+        assert scope["x0"].shape == (1000, 2) and scope["x0"].isfinite().all()
+
+
+@every_document
+def test_tables_are_those_of_the_results(document):
+    """Every row of measures, whatever its columns, stands in a table that a command wrote to results/."""
+    written = []
+    for path in (HOUSE / "results").rglob("*.md"):
+        written += tables(read(path))
+    for row in tables(read(document)):
+        if {"row", "network", "ms"} & row.keys():
+            assert any(row.items() <= other.items() for other in written), row
+
+
+def test_the_run_in_the_readme_is_that_of_the_results():
+    """The table that `python toy_2d.py` prints, line by line."""
+    metrics = toy_2d.read_json(HOUSE / "results/8gaussians/metrics.json")
+    assert toy_2d.table(metrics) in README
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    """All words of the sources, and the names of the tests."""
+    words = {"UNet2DConditionModel"}  # of diffusers
+    for path in sources():
+        words.update(re.findall(r"\w+", read(path)))
+    for path in HOUSE.glob("**/test_*.py"):
+        words.update(re.findall(r"def (test_\w+)", read(path)))
+    return words
+
+
+@every_document
+def test_what_a_document_names_exists(document, vocabulary, capsys):
+    """Functions, settings, tests and flags in backticks; files and headings that are linked."""
+    text = read(document)
+    prose = re.sub("^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"`([a-zA-Z_]\w*)(?:\([^`]*\))?`", prose):
+        assert name in vocabulary, name
+    for flag in re.findall(r"`(?:[^`]* )?--([a-z][a-z0-9-]*)", prose):
+        assert flag.replace("-", "_") in vocabulary, flag
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, heading = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.exists(), target
+        if heading:
+            slugs = []
+            for title in re.findall(r"^#+ (.*)$", read(path), re.MULTILINE):
+                letters = re.sub(r"[^\w -]", "", title.lower())
+                slugs.append(letters.replace(" ", "-"))
+            assert heading in slugs, target
