@@ -225,10 +225,10 @@ class Growth:
     out: str = "results/growth"  # path of the results, without .md, .csv and .png
 
     def __post_init__(self):
-        require(self.share > 0, f"share must be positive, not {self.share}")
-        for name, least in {"samples": 50, "workers": 1}.items():
-            value = getattr(self, name)
-            require(value >= least, f"{name} must be at least {least}, not {value}")
+        require(self.share >= 0.001, f"share must be at least 0.001, not {self.share}")
+        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
+        least = 2 * max(case["modes"] for case in all_cases())  # the distance takes two points of a mode
+        require(self.samples >= least, f"samples must be at least {least}, not {self.samples}")
 
 
 QUICK = {"seeds": [0], "samples": 1000, "share": 0.05, "out": "runs/quick"}

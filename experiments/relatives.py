@@ -636,7 +636,7 @@ class Relatives:
         for method in self.methods:
             known = method == "all" or method in METHODS
             require(known, f"no method {method!r}: there are {'; '.join(METHODS)}")
-        require(min(self.shares) > 0, f"shares must be positive, not {self.shares}")
+        require(min(self.shares) >= 0.001, f"shares must be at least 0.001, not {min(self.shares)}")
         for name, least in {"samples": 50, "rounds": 1, "workers": 1}.items():
             value = getattr(self, name)
             require(value >= least, f"{name} must be at least {least}, not {value}")
