@@ -14,7 +14,7 @@ in one step, and to land at the same place when it takes two, four or eight.
     │ φ, θ             `teacher` (frozen) and `student`                              │
     │ θ⁻               `target`, the fast average (EMA) of the student's weights     │
     │ x_s, x_u         `xs`, `xu`: neighbours on the teacher's path, s ≤ t ≤ u       │
-    │ x̂₀ = x0_hat      f_θ(x₁,1), the one-step sample                                │
+    │ x̂₀ = x0_hat      f_θ(x₁,1), the one-step sample; `x0_fixed` without gradient   │
     │ x̂_t = xt_hat     (1−t)·x̂₀ + t·x₁, on the straight line from x₁ to x̂₀           │
     │ D_ψ              `critic`, the discriminator                                   │
     │ d(·,·)           distance of two points, `pseudo_huber`                        │
@@ -214,7 +214,8 @@ def self_correction_loss(
 ) -> Tensor:
     """‖f_θ(x̂_t,t) − x̂₀‖² for v̂ = v_θ(x̂_t,t): the paper's reflow term.
 
-    f_θ(x̂_t,t) − x̂₀ = t·((x₁ − x̂₀) − v̂). So the form "velocity", ‖v̂ − (x₁ − x̂₀)‖², is the same over t².
+    f_θ(x̂_t,t) − x̂₀ = t·((x₁ − x̂₀) − v̂). So the form "velocity", ‖v̂ − (x₁ − x̂₀)‖², is the square of this
+    error over t.
     """
     if form == "velocity":
         return squared(v_hat, x1 - x0_hat)
@@ -257,8 +258,10 @@ def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
     """The student's losses for one draw of data and noise x₀, x₁ (B,…) and times t (B,).
 
     run      has .teacher, .student, .target, .critic, and .ema and .frozen if `phase.self_source` asks for them.
+    phase    the Phase with the settings.
     weights  {name: λ}; a loss of weight zero is neither computed nor returned.
-    Returns ({name: scalar}, the one-step samples that the critic has judged (n,…), or None).
+    Returns losses and x0_hat. losses is {name: scalar}; x0_hat holds the one-step samples that the
+    critic has judged, (n,…), or is None.
     """
     losses = {}
     distance = DISTANCES[phase.distance]
@@ -266,22 +269,24 @@ def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
     xt = interpolate(x0, x1, t)
 
     # s and u are drawn always, so that switching a loss off does not change later random numbers.
-    s = t - rand_times(x0, generator) * t.clamp(max=phase.delta)
-    u = t + rand_times(x0, generator) * (1 - t).clamp(max=phase.delta)
+    window_below = t.clamp(max=phase.delta)  # min(t, δ): s does not pass 0
+    window_above = (1 - t).clamp(max=phase.delta)  # u does not pass 1
+    s = t - rand_times(x0, generator) * window_below
+    u = t + rand_times(x0, generator) * window_above
 
     if weights["consistency"] > 0 or weights["bi"] > 0:
         f_t = predict_x0(run.student, xt, t, cond)
 
     # Truncated consistency: the student at (x_t,t) agrees with the target nearer the data.
     if weights["consistency"] > 0:
-        with torch.no_grad():  # a target is a constant: neither the teacher nor θ⁻ learns through it
+        with torch.no_grad():  # stop-gradient: the target is a constant
             xs = follow(run.teacher, xt, t, s, phase.walk, cond)
             f_s = predict_x0(run.target, xs, s, cond)
         losses["consistency"] = truncated_consistency_loss(f_t, f_s, x0, s, phase.tau, distance)
 
     # Bidirectional consistency: it agrees with the target nearer the noise, too.
     if weights["bi"] > 0:
-        with torch.no_grad():  # a constant, as above
+        with torch.no_grad():  # stop-gradient: the target is a constant
             xu = follow(run.teacher, xt, t, u, phase.walk, cond)
             f_u = predict_x0(run.target, xu, u, cond)
         losses["bi"] = bidirectional_loss(f_t, f_u, distance)
@@ -296,9 +301,10 @@ def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
 
     # Self-correction: every later step ends where the one step ended.
     if weights["self"] > 0:
-        with torch.no_grad():  # stop-gradient: x̂₀ is fixed, as the target and inside x̂_t
-            if phase.self_source == "student" and x0_hat is not None and len(x0_hat) == len(x0):
-                x0_fixed = x0_hat.detach()
+        with torch.no_grad():  # stop-gradient: x̂₀ is a constant, where it is the target and inside x̂_t
+            every_row = x0_hat is not None and len(x0_hat) == len(x0)
+            if phase.self_source == "student" and every_row:
+                x0_fixed = x0_hat.detach()  # the sample that the critic has judged
             else:
                 source = getattr(run, phase.self_source)
                 x0_fixed = predict_x0(source, x1, one, cond)
@@ -521,30 +527,30 @@ def distill(
     schedule       tuple of Phases, run one after the other.
     student        where the student starts (it is copied); without it, from the teacher's weights.
     resume         an earlier run's `state_dict()`.
-    loss_function  `distill_losses`, or a function of your own around it; `phase.weights` must know its losses.
-    Raises ValueError for contradictory phases, and for a teacher without weights and no student.
+    loss_function  `distill_losses`, or one that wraps it; each loss it returns needs a key in `phase.weights(i)`.
+    Raises ValueError for contradictory phases, and if the teacher has no weights and `student` is not given.
     """
     check_schedule(schedule)
     run = start_distillation(teacher, critic, generator, schedule[0], student)
     if resume is not None:
         run.load_state_dict(resume)
-    first = 0  # the update at which the phase starts
+    phase_start = 0  # the update at which the phase starts
     for phase in schedule:
         run.phase = phase
-        while run.step < first + phase.steps:
-            i = run.step - first  # the update within the phase
-            if i == 0 and first > 0:
+        while run.step < phase_start + phase.steps:
+            i = run.step - phase_start  # the update within the phase
+            if i == 0 and phase_start > 0:  # the first update of a later phase
                 next_phase(run)
             set_lr(run.opt, phase.lr * lr_factor(i, phase.steps))
             set_lr(run.opt_critic, phase.lr_critic)
             x0, cond = batch(phase.batch, generator)
             x1 = randn_like(x0, generator)
             t = rand_times(x0, generator)
-            t[: phase.pinned_rows(len(t))] = 1
+            t[: phase.pinned_rows(len(t))] = 1  # the pinned rows
 
             # The student, on its weighted losses.
             weights = phase.weights(i)
-            run.critic.requires_grad_(False)  # the student's step must not touch the critic
+            run.critic.requires_grad_(False)  # no gradient for the critic's weights; x̂₀ still gets its own
             losses, x0_hat = loss_function(run, x0, x1, t, phase, weights, generator, cond)
             run.latest = {name: loss.detach() for name, loss in losses.items()}
             run.check_finite()
@@ -552,16 +558,16 @@ def distill(
             sum(weights[name] * loss for name, loss in losses.items()).backward()
             run.opt.step()
 
-            # Its two averages: the consistency target, and the one to sample with.
+            # The student's two averages: θ⁻, and the slow one to sample with.
             ema_update(run.target, run.student, phase.target_ema)
             ema_update(run.ema, run.student, growing(run.step, phase.ema))
 
-            # The critic, on data and on the samples that it has just judged.
+            # The critic, on data and on the samples that it judged above.
             if x0_hat is not None:
                 run.critic.requires_grad_(True)
                 n = len(x0_hat)
                 real = run.critic(x0[:n], first_rows(cond, n))
-                fake = run.critic(x0_hat.detach(), first_rows(cond, n))  # the critic's step must not touch the student
+                fake = run.critic(x0_hat.detach(), first_rows(cond, n))  # stop-gradient: none into the student
                 loss = critic_loss(real, fake, phase.adversarial)
                 run.latest["critic"] = loss.detach()
                 if phase.r1 > 0:
@@ -575,7 +581,7 @@ def distill(
 
             run.step += 1
             yield run
-        first += phase.steps
+        phase_start += phase.steps
 
 
 class Run:

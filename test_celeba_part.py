@@ -1148,6 +1148,23 @@ def test_a_guided_teacher_has_a_row_of_its_own(judged):
     assert ("teacher, guided at 2", 100) in judged.rows
 
 
+def test_the_floor_is_of_training_pictures_as_many_as_samples(album):
+    """Five draws, without repetition; of the numbers 1 to 5 the mean is 3, and the deviation √2.5 (1e-12)."""
+    data = Latents(album / "latents")
+    trained = rows_of(data.originals(data.train)[0])
+    drawn = []
+
+    def measure(thumbs, textures):
+        drawn.append(rows_of(thumbs))
+        return {"layout": len(drawn)}
+
+    floor, _ = celeba_latent.floor_of(measure, data, 30, gen())
+    mean, deviation = floor["layout"]
+    assert mean == 3 and abs(deviation - math.sqrt(2.5)) < 1e-12
+    for rows in drawn:
+        assert len(rows) == 30 and rows <= trained
+
+
 def test_the_floor_needs_as_many_training_pictures_as_samples(demo, capsys):
     """1,891 samples cannot be compared with 1,890 pictures: one line, and the measures stay."""
     before = contents(demo)
