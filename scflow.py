@@ -931,7 +931,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie, 2023) as the velocity of latents (B,C,H,W)."""
 
-    precision = torch.float32  # of the computation; torch.bfloat16 where the device is fast at it
+    precision = torch.float32  # of the computation, or torch.bfloat16 where the device is fast at it
 
     def __init__(self, shape=(4, 32, 32), patch=2, dim=384, depth=12, heads=6, ratio=4, tokens=None):
         super().__init__()
@@ -954,7 +954,7 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity (B,C,H,W) at latents (B,C,H,W) and times (B,)."""
         require(x.shape[1:] == self.shape, f"this network takes latents {self.shape}, not {tuple(x.shape[1:])}")
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             v = self.velocity(x, t, cond)
         return v.to(x.dtype)
 
@@ -1020,7 +1020,7 @@ class LatentCritic(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Logits (B,), large for data."""
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             features = self.convolutions(x).flatten(1)
             logits = self.head(features)[:, 0] + projection(self.words, features, cond)
         return logits.to(x.dtype)
