@@ -784,7 +784,8 @@ def table(metrics: dict) -> str:
                 if (row["who"], row["solver"]) == (who, solver) and key in row:
                     values[row["nfe"]] = f"{scale * row[key]:.3f}"
             if values:
-                lines.append(f"  {label:30}" + "".join(f"{values.get(n, ''):>10}" for n in columns))
+                line = f"  {label:30}" + "".join(f"{values.get(n, ''):>10}" for n in columns)
+                lines.append(line.rstrip())
     return "\n".join(lines)
 
 
