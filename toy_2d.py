@@ -403,6 +403,7 @@ def check_device(name: str) -> None:
         raise ValueError(f"no device {name!r} here: use --device cpu") from None
 
 
+@lru_cache
 def help_texts(settings) -> dict[str, str]:
     """{field: the comment behind it} of a settings class, those of its parents included."""
     texts = {}

@@ -79,10 +79,10 @@ SWEEPS = {
 # One setting of this project's schedule at a time. Its values are those of scflow.SCHEDULES.
 P1, P2 = scflow.SCHEDULES["two_phase"]
 PHASE_1 = f"--delta {P1.delta} --walk {P1.walk} --tau {P1.tau}"
-ALONE = f"--preset consistency {PHASE_1} --student-lr {P1.lr} --student-steps {P1.steps + P2.steps}"
+ALONE = f"--preset consistency {PHASE_1} --student-batch {P1.batch} --student-lr {P1.lr}"
 RECIPE = {
     "two_phase": ("--preset two_phase", ""),
-    "phase 1 alone, as many updates": (ALONE, "two_phase"),
+    "phase 1 alone, as many updates": (f"{ALONE} --student-steps {P1.steps + P2.steps}", "two_phase"),
     "phase 1, walk euler": ("--walk euler", "two_phase"),
     "phase 1, walk heun": ("--walk heun", "two_phase"),
     "phase 1, δ 0.1": ("--delta 0.1", "two_phase"),
