@@ -715,7 +715,7 @@ def write_latents(folder: Path, net, names: list[str], read, asked: Encode, labe
             encode_chunk(net, chunk, read(chunk), meta, arrays, device)
             bar.update(len(chunk))
             every = 16 * asked.batch  # not every time: a long list of sources takes a while
-            if pressed.is_set() or meta["done"] % every == 0:
+            if pressed.is_set() or (meta["done"] - done) % every == 0:
                 scflow.save(path, net, **meta)
             if pressed.is_set():
                 raise Stopped
@@ -1352,6 +1352,9 @@ def evaluate_command(argv) -> None:
     require(len(data.held_out) >= 200, f"{len(data.held_out)} held-out pictures are too few: encode 2,000 pictures")
     enough = len(data.train) >= n
     require(enough, f"--count {n} needs as many training pictures for the floor, and there are {len(data.train)}")
+    if asked.fid:  # what is missing is found before minutes of sampling
+        Pictures(asked.fid)
+        fidelity()
 
     generator = torch.Generator().manual_seed(10**6 + asked.seed)
     measure = PictureMeasure(*data.originals(data.held_out))
@@ -1447,12 +1450,17 @@ def report(metrics: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def inception_fid(pictures: Tensor, data: Latents, images) -> float:
-    """FID of uint8 pictures to the held-out originals, by torch-fidelity (InceptionV3 at 299 px, its own resize)."""
+def fidelity():
+    """The function of torch-fidelity that computes FID. Raises ValueError if the package is not installed."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
         raise ValueError("--fid needs a package: pip install torch-fidelity") from None
+    return calculate_metrics
+
+
+def inception_fid(pictures: Tensor, data: Latents, images) -> float:
+    """FID of uint8 pictures to the held-out originals, by torch-fidelity (InceptionV3 at 299 px, its own resize)."""
     from torch.utils.data import Subset
 
     names = [data.meta["sources"][i] for i in data.held_out.tolist()]
@@ -1462,7 +1470,7 @@ def inception_fid(pictures: Tensor, data: Latents, images) -> float:
     real = torch.stack(found)
     ours = Subset(pictures, range(len(pictures)))
     theirs = Subset(real, range(len(real)))
-    metrics = calculate_metrics(input1=ours, input2=theirs, fid=True, verbose=False)
+    metrics = fidelity()(input1=ours, input2=theirs, fid=True, verbose=False)
     return metrics["frechet_inception_distance"]
 
 

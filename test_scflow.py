@@ -3583,9 +3583,14 @@ FACES_ERRORS = {
 
 @pytest.mark.parametrize("command", FACES_ERRORS)
 def test_bad_input_for_faces_is_one_clear_line_and_changes_nothing(command, troubles, monkeypatch, capsys):
-    """Exit code 2, one line on stderr that names the trouble, and no file written or lost."""
+    """Exit code 2, one line on stderr that names the trouble, no update, and no file written or lost."""
+
+    def update(*args):
+        pytest.fail("it has begun to train")
+
     monkeypatch.chdir(troubles)
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
+    monkeypatch.setattr(scflow, "lr_factor", update)
     before = contents(troubles)
     assert faces(*command.split()) == 2
     error = capsys.readouterr().err

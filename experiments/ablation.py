@@ -269,6 +269,9 @@ class Ablation:
     runs: str = "runs/ablation"  # folder of the finished rows, which are read back
     out: str = "results/ablation"  # path of the results, without .csv, .md and .png
 
+    def __post_init__(self):
+        common.require_distinct(self, "rows", "datasets", "seeds")
+
 
 QUICK = {"datasets": ["8gaussians"], "seeds": [0], "samples": 6000, "out": "runs/quick"}
 LEGEND = """Energy distance ×10³ by Euler evaluations, then by re-noising. Gap: RMS from one-step to last sample.

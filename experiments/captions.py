@@ -608,7 +608,7 @@ def draw_sheet(columns: dict[str, Tensor], prompts, size: tuple):
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title, fontsize=10)
         for ax, picture in zip(axes[:, j], pictures):
-            ax.imshow(picture.permute(1, 2, 0))
+            ax.imshow(picture.permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[])
     for ax, prompt in zip(axes[:, 0], prompts):
         text = prompt.replace(" a ", "\na ")
@@ -652,7 +652,7 @@ class Captions(celeba_latent.Folder):
     def __post_init__(self):
         super().__post_init__()
         require(self.samples >= 200, f"{self.samples} samples are too few for a Fréchet distance: give 200 or more")
-        require(len(set(self.seeds)) == len(self.seeds), "--seeds names one twice")
+        common.require_distinct(self, "seeds")
         require(math.isfinite(self.guidance), f"--guidance is a number, not {self.guidance}")
 
 

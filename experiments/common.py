@@ -59,6 +59,13 @@ def fingerprint(*settings) -> str:
 # ═══ 2. Settings and reports ══════════════════════════════════════════════════════════════
 
 
+def require_distinct(settings, *names: str) -> None:
+    """Raise ValueError if a setting of several values names one twice: it would be counted twice."""
+    for name in names:
+        values = getattr(settings, name)
+        require(len(set(values)) == len(values), f"--{name.replace('_', '-')} names one twice")
+
+
 def dataset_names(names) -> list[str]:
     """Names of data sets, where "all" stands for every one. Raises ValueError for a name that is none."""
     names = list(toy_2d.DATASETS) if "all" in names else list(names)

@@ -294,9 +294,7 @@ class Guidance:
         sources = ("teacher", "data", "data-no-critic")
         for source in self.learn_from:
             require(source in sources, f"learn_from is {source!r}, not one of {', '.join(sources)}")
-        for name in ("scales", "seeds", "learn_from"):
-            values = getattr(self, name)
-            require(len(set(values)) == len(values), f"--{name.replace('_', '-')} names one twice")
+        common.require_distinct(self, "scales", "seeds", "learn_from")
         require(all(math.isfinite(scale) for scale in self.scales), "guidance scales are finite numbers")
         require(self.samples >= 50, f"samples must be at least 50, not {self.samples}")
 

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -902,19 +902,23 @@ def test_a_prompt_outside_the_grammar_is_refused(prompt, word, here, capsys):
     assert not list(here.iterdir())
 
 
-def test_captions_are_trained_resumed_and_sampled(here, monkeypatch, capsys):
-    """Stopped after the teacher, it goes on from there; then a table, a sheet, and a prompt. Again, no run is made."""
-    few = {"steps": 3, "batch": 4}
-    schedule = tuple(replace(phase, **few) for phase in captions.SCHEDULES["cpu"])
-    monkeypatch.setitem(captions.SCHEDULES, "cpu", schedule)
+@pytest.fixture
+def few_captions(here, monkeypatch):
+    """The smallest networks, three updates, and ten pictures that are read: the flags of a run."""
+    schedule = captions.SCHEDULES["cpu"]
+    monkeypatch.setitem(captions.SCHEDULES, "cpu", toy_2d.revise(schedule, {"steps": [3, 3], "batch": [4]}))
     monkeypatch.setitem(captions.TEACHERS, "cpu", TeacherSettings(4, 8, 1e-3))
     monkeypatch.setitem(captions.NETWORKS, "cpu", {"dim": 16, "depth": 1, "heads": 2})
     monkeypatch.setattr(captions, "codec_of", partial(captions.codec_of, 1000))
     accuracy = captions.accuracy
     monkeypatch.setattr(captions, "accuracy", lambda numbers, pictures: accuracy(numbers[:10], pictures[:10]))
-    argv = ["--seeds", 7, "--samples", 200, "--guidance", 3, "--device", "cpu", "--quiet"]
-    distill = scflow.distill
+    return ["--seeds", 7, "--samples", 200, "--guidance", 3, "--device", "cpu", "--quiet"]
 
+
+def test_captions_are_trained_resumed_and_sampled(few_captions, monkeypatch, capsys):
+    """Stopped after the teacher, it goes on from there; then a table, a sheet, and a prompt. Again, no run is made."""
+    argv = few_captions
+    distill = scflow.distill
     seen = {}
 
     def spy(velocity, *rest, student, **options):
