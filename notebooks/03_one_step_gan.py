@@ -254,7 +254,7 @@ axes[1].plot(grid, best_critic(p, q), "k--", label="sign(p − q)")
 axes[1].plot(grid, learned, color=PINK, label="learned D")
 axes[1].set(xlabel="x", xlim=(-1.6, 1.6), ylim=(-1.4, 1.6))
 for ax in axes:
-    ax.legend()
+    ax.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
