@@ -86,7 +86,7 @@ def solver_step(net, x: Tensor, t: Tensor, s: Tensor, solver: str, cond: Tensor 
 
 
 def read_walk(walk: str) -> tuple[str, int]:
-    """ "euler" → ("euler", 1) and "heun-2" → ("heun", 2). Raises ValueError for anything else."""
+    """Solver and number of steps of a walk: "heun-2" is ("heun", 2). Raises ValueError for another form."""
     solver, dash, steps = walk.partition("-")
     if not dash:
         steps = "1"
@@ -210,17 +210,17 @@ def bidirectional_loss(f_t: Tensor, f_u: Tensor, distance=pseudo_huber) -> Tenso
 
 
 def self_correction_loss(
-    v_hat: Tensor, xt_hat: Tensor, x0_hat: Tensor, x1: Tensor, t: Tensor, form: str = "x0"
+    v_hat: Tensor, xt_hat: Tensor, x0_fixed: Tensor, x1: Tensor, t: Tensor, form: str = "x0"
 ) -> Tensor:
     """‖f_θ(x̂_t,t) − x̂₀‖² for v̂ = v_θ(x̂_t,t): the paper's reflow term.
 
-    f_θ(x̂_t,t) − x̂₀ = t·((x₁ − x̂₀) − v̂). So the form "velocity", ‖v̂ − (x₁ − x̂₀)‖², is the square of this
-    error over t.
+    form  "velocity" is ‖v̂ − (x₁ − x̂₀)‖². Because f_θ(x̂_t,t) − x̂₀ = t·((x₁ − x̂₀) − v̂), this is the
+          other one, each row divided by t².
     """
     if form == "velocity":
-        return squared(v_hat, x1 - x0_hat)
+        return squared(v_hat, x1 - x0_fixed)
     f_hat = xt_hat - broadcast(t, xt_hat) * v_hat
-    return squared(f_hat, x0_hat)
+    return squared(f_hat, x0_fixed)
 
 
 def adversarial_loss(fake: Tensor, kind: str = "hinge") -> Tensor:

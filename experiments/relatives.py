@@ -709,14 +709,15 @@ def relatives_command(argv: list[str]) -> None:
     by_steps = common.Results(compared, by_steps, "own")
     by_time = common.Results(compared, by_time, "own")
     toy_2d.write_csv(f"{settings.out}.csv", by_steps.records)
-    toy_2d.write_csv(f"{settings.out}-time.csv", by_time.records)
     lines = [*costs, "", *effort_table(by_steps), ""]
     lines += [LEGEND, *by_steps.about(settings.samples), "", *by_steps.table(), "", *by_steps.tests(), ""]
-    lines += ["Energy distance ×10³ of one step, by the share of the default run's time.", ""]
-    lines += by_time.table()
+    if len(shares) > 1:
+        toy_2d.write_csv(f"{settings.out}-time.csv", by_time.records)
+        by_time.draw(f"{settings.out}-time.png", "{:g} of the time".format)
+        lines += ["Energy distance ×10³ of one step, by the share of the default run's time.", ""]
+        lines += by_time.table()
     common.write_report(settings.out, "experiments.relatives", argv, lines)
     by_steps.draw(f"{settings.out}.png")
-    by_time.draw(f"{settings.out}-time.png", "{:g} of the time".format)
 
 
 def main(argv=None) -> int:
