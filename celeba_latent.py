@@ -18,10 +18,12 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,8 +42,8 @@ from tqdm import tqdm
 
 import scflow
 import toy_2d
-from scflow import Phase, TeacherSettings, check_choices, require
-from toy_2d import cli, read_json, write_csv, write_text
+from scflow import Phase, Refused, TeacherSettings, check_choices, reading, replacing, require
+from toy_2d import cli, write_csv, write_text
 
 # ═══ 1. Drawn faces ═══════════════════════════════════════════════════════════════════════
 # A world of pictures without a download. Every face comes from 34 numbers, uniform in [0,1),
@@ -293,17 +295,16 @@ class TinyAutoencoder(nn.Module):
     @classmethod
     def read(cls, prefix):
         """The pair PREFIX_encoder.pth and PREFIX_decoder.pth. Raises ValueError if they are not of the family."""
-        paths = (f"{prefix}_encoder.pth", f"{prefix}_decoder.pth")
-        try:
-            encoder = torch.load(paths[0], map_location="cpu", weights_only=True)
-            decoder = torch.load(paths[1], map_location="cpu", weights_only=True)
-            channels, width = encoder["14.weight"].shape[:2]
-            pool = any(".pool." in name for name in encoder)
+        first = f"{prefix}_encoder.pth"
+        with scflow.reading(first, "encoder of the TAESD family"):
+            weights = scflow.read_tensors(first)
+            channels, width = weights["14.weight"].shape[:2]
+            pool = any(".pool." in name for name in weights)
             net = cls(channels, pool, width)
-            net.encoder.load_state_dict(encoder)
-            net.decoder.load_state_dict(decoder)
-        except Exception:  # on foreign bytes the unpickler raises nearly anything
-            raise ValueError(f"{' and '.join(paths)} are not both there, or no pair of the TAESD family") from None
+            net.encoder.load_state_dict(weights)
+        second = f"{prefix}_decoder.pth"
+        with scflow.reading(second, f"decoder for {first}"):
+            net.decoder.load_state_dict(scflow.read_tensors(second))
         return net
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -333,7 +334,7 @@ class Diffusers(nn.Module):
         try:
             import diffusers
         except ImportError:
-            raise ValueError(f"the autoencoder {source} needs a package: pip install 'diffusers>=0.30'") from None
+            raise Refused(f"the autoencoder {source} needs a package: pip install 'diffusers>=0.30'") from None
         local = source not in TRUSTED
         kind = diffusers.AutoencoderKL
         try:
@@ -345,7 +346,7 @@ class Diffusers(nn.Module):
             reason = str(error).splitlines()[0]
             if local:
                 reason = f"fetch it with --trust-autoencoder {source}, if you trust its authors"
-            raise ValueError(f"no AutoencoderKL or AutoencoderTiny at {source} here: {reason}") from None
+            raise Refused(f"no AutoencoderKL or AutoencoderTiny at {source} here: {reason}") from None
         self.vae = [vae.eval().requires_grad_(False)]  # in a list: a checkpoint names the source, and copies nothing
         self.factor = 64 // self.encode(torch.zeros(1, 3, 64, 64)).shape[-1]
 
@@ -495,6 +496,8 @@ class Device:
             value = getattr(self, f.name)
             if f.type is int and f.name != "seed":
                 require(value > 0, f"{f.name} must be positive, not {value}")
+            if f.name == "seed":
+                require(value >= 0, f"seed must not be negative, and is {value}")
 
 
 @dataclass(frozen=True)
@@ -522,19 +525,38 @@ def choose_device(name: str) -> str:
     return name
 
 
-def open_or_resume(asked, config: dict) -> Path:
-    """The folder `asked.out`: a new one, or with --resume the one there is, whose settings must be the same."""
+LATENTS = "folder of latents"  # what config.json says it is
+RUN = "run of celeba_latent.py"
+LATENT_FILES = ("meta.pt", "*.npy")  # what --overwrite deletes, in this order: no measures without their weights
+STUDENT_FILES = ("metrics.json", "metrics.md", "student.pt", "student.png", "neighbours.png")
+RUN_FILES = (*STUDENT_FILES, "teacher.pt", "teacher.png", "log.csv")
+
+
+@contextmanager
+def open_or_resume(asked, kind: str, config: dict):
+    """The folder `asked.out`, of a new run or with --resume of the one there is, whose settings must be the same.
+
+    Nothing in it is changed yet. Raises ValueError if it is not free, or holds no `kind`.
+    """
     folder = Path(asked.out)
-    file = folder / "config.json"
     if not asked.resume:
-        new = asked.overwrite or not folder.exists()
-        require(new, f"{folder} exists: give --resume to go on with it, or --overwrite")
-        return toy_2d.open_folder(asked.out, "", asked.overwrite, config)
-    require(file.is_file(), f"nothing to resume: {folder} holds no config.json")
-    before = read_json(file)
-    changed = [name for name in {**before, **config} if before.get(name) != config.get(name)]
-    require(not changed, f"--resume with other settings than {folder} was started with: {', '.join(changed)}")
-    return folder
+        with toy_2d.open_folder(asked.out, "", asked.overwrite, kind):
+            yield folder
+        return
+    require(folder.exists(), f"nothing to resume: there is no {folder}")
+    if not toy_2d.is_empty(folder):  # it is, after a kill right at the start
+        before = toy_2d.read_config(folder, kind)
+        config = {"kind": kind, **config}
+        changed = [name for name in {**before, **config} if before.get(name) != config.get(name)]
+        require(not changed, f"--resume with other settings than {folder} was started with: {', '.join(changed)}")
+    toy_2d.clear_folder(folder, ())
+    yield folder
+
+
+def start_folder(folder: Path, kind: str, config: dict, files: tuple[str, ...]) -> None:
+    """Delete the files of an old run, and say in config.json what comes in their place."""
+    toy_2d.clear_folder(folder, files)
+    write_text(folder / "config.json", json.dumps({"kind": kind, **config}, indent=1))
 
 
 class Stopped(KeyboardInterrupt):
@@ -582,13 +604,11 @@ class Pictures:
         self.zip = None
         require(path and self.path.exists(), f"no pictures at {path or 'nowhere'}: give --images a folder or a zip")
         if self.path.is_file():
-            try:
+            with reading(path, "zip of pictures"):
                 self.zip = zipfile.ZipFile(path)
-            except zipfile.BadZipFile:
-                raise ValueError(f"{path} is neither a folder nor a whole zip") from None
-            found = self.zip.namelist()
+                found = self.zip.namelist()
         else:
-            found = [str(file.relative_to(path)) for file in self.path.rglob("*")]
+            found = [str(file.relative_to(path)) for file in self.path.rglob("*") if file.is_file()]
         self.names = sorted(name for name in found if self.is_picture(name))
         require(self.names, f"{path} holds no {', '.join(self.KINDS)} pictures")
 
@@ -603,7 +623,10 @@ class Pictures:
         try:
             file = self.zip.open(name) if self.zip else self.path / name
             with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")  # as the camera was held
+                image = ImageOps.exif_transpose(image)  # as the camera was held
+                if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+                    image = image.point(lambda value: value / 257, "L" if image.mode == "I" else None)
+                image = image.convert("RGB")
         except Exception as error:  # broken files raise nearly anything
             return f"cannot be read ({type(error).__name__})"
         side = min(image.size)
@@ -627,8 +650,8 @@ def read_labels(path) -> tuple[list[str], dict[str, list[int]]]:
     It has the number of pictures in its first line, the names in its second, and then a file name and a −1 or 1 for
     each name. Raises ValueError, with the line, where it has not.
     """
-    require(os.path.isfile(path), f"no list of labels at {path}")
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    with reading(path, "list of labels"):
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     begins = len(lines) > 2 and lines[0].strip().isdecimal() and lines[1].split()
     require(begins, f"{path} does not begin with a number and a line of names")
     names = lines[1].split()
@@ -651,19 +674,20 @@ def encode_command(argv) -> None:
     asked = Encode(**given)
     pictures = Pictures(asked.images)
     net = autoencoder(asked.autoencoder, asked.size, asked.channels)
-    fixed = ("images", "autoencoder", "size", "channels", "flips", "labels")
-    config = {name: getattr(asked, name) for name in fixed}
+    names = "\n".join(pictures.names).encode(errors="surrogateescape")
+    config = {"pictures": hashlib.sha256(names).hexdigest()[:16]}
+    for name in ("images", "autoencoder", "size", "channels", "flips", "labels"):
+        config[name] = getattr(asked, name)
     labels = None
     if asked.labels:
         labels = read_labels(asked.labels)
         _, tokens = labels
         for name in pictures.names:
             require(Path(name).name in tokens, f"{asked.labels} has no line for {name}")
-    folder = open_or_resume(asked, config)
     read = partial(pictures.read_all, size=asked.size)
-    meta = write_latents(folder, net, pictures.names, read, asked, labels)
+    meta = write_latents(net, pictures.names, read, asked, config, labels)
     count = len(meta["sources"])
-    print(f"{folder}: {count} pictures as latents {tuple(meta['shape'])}, {len(meta['skipped'])} skipped")
+    print(f"{asked.out}: {count} pictures as latents {tuple(meta['shape'])}, {len(meta['skipped'])} skipped")
     for name, reason in meta["skipped"]:
         print(f"  {name}: {reason}")
 
@@ -678,35 +702,82 @@ def arrays_of(meta: dict, count: int) -> dict[str, tuple]:
 
 
 @torch.no_grad()  # nothing is trained here
-def write_latents(folder: Path, net, names: list[str], read, asked: Encode, labels=None) -> dict:
+def write_latents(net, names: list[str], read, asked: Encode, config: dict, labels=None) -> dict:
     """Encode pictures from where meta.pt ends; returns the content of the finished meta.pt.
 
     read    callable (names) → [uint8 (3,S,S), or the reason why there is none].
+    config  goes into config.json.
     labels  what `read_labels` returns, or None.
     Raises ValueError for too few good pictures, and for an autoencoder whose values are not finite or constant.
     """
-    path = folder / "meta.pt"
     device = choose_device(asked.device)
-    if path.exists():
-        meta = scflow.read(path)
-        if meta["complete"]:
-            return meta
-        net = scflow.load(path)
-        for key in ("format", "arch", "weights"):
-            del meta[key]  # scflow.save writes them
-    else:
-        meta = {"size": asked.size, "copies": 2 if asked.flips else 1, "complete": False}
-        meta.update(done=0, sources=[], skipped=[])
-        if isinstance(net, PatchPCA) and net.factor > 1:
-            fit_components(net, names, read)
-    net.to(device, memory_format=torch.channels_last)  # convolutions are a quarter faster so, on a CPU too
-    blank = torch.zeros(1, 3, asked.size, asked.size, device=device)
-    meta["shape"] = list(net.encode(blank).shape[1:])
+    with open_or_resume(asked, LATENTS, config) as folder:
+        path = folder / "meta.pt"
+        if asked.resume and path.exists():
+            with reading(path, "record of an encoding"):
+                meta = scflow.read(path, "complete")
+                if meta["complete"]:
+                    return meta
+                net = scflow.load(path)
+                for key in ("format", "arch", "weights"):
+                    del meta[key]  # scflow.save writes them
+                arrays = open_arrays(folder, meta, len(names), "r+")
+        else:
+            prepare(net, names, read, device)
+            blank = torch.zeros(1, 3, asked.size, asked.size, device=device)
+            meta = {"size": asked.size, "copies": 2 if asked.flips else 1, "complete": False}
+            meta.update(done=0, sources=[], skipped=[], shape=list(net.encode(blank).shape[1:]))
+            start_folder(folder, LATENTS, config, LATENT_FILES)
+            arrays = open_arrays(folder, meta, len(names), "w+")
+        fill_arrays(path, net, names, read, asked, meta, arrays)
+        finish(path, net, meta, arrays, labels)
+    return meta
 
-    mode = "r+" if meta["done"] else "w+"
+
+def prepare(net, names: list[str], read, device: str) -> None:
+    """Try the autoencoder on pictures from all over the list; principal components are fitted to them.
+
+    This comes before old latents are deleted. Raises ValueError for fewer than 20 good pictures.
+    """
+    fits = isinstance(net, PatchPCA) and net.factor > 1
+    wanted = 4096 if fits else 64
+    shuffled = random.Random(0).sample(names, len(names))
+    good = []
+    reason = ""
+    for start in range(0, len(names), 64):
+        for picture in read(shuffled[start : start + 64]):
+            if isinstance(picture, str):
+                reason = f"; one of the others {picture}"
+            else:
+                good.append(picture)
+        if len(good) >= wanted:
+            break
+    require(len(good) >= 20, f"only {len(good)} of {len(names)} pictures can be used, and 20 are needed{reason}")
+    x = torch.stack(good).float() / 255
+    if fits:
+        kept = net.fit(x)
+        print(f"{net.channels} components of a patch keep {kept:.1%} of the variance")
+    z = net.to(device).encode(x[:64].to(device)).half().cpu()
+    require(z.isfinite().all(), "the autoencoder gives values that are not finite")
+    channel_statistics(z)
+
+
+def open_arrays(folder: Path, meta: dict, count: int, mode: str) -> dict[str, np.ndarray]:
+    """The arrays of a latents folder, as files: new ones ("w+"), or those that are there ("r+")."""
     arrays = {}
-    for name, (kind, shape) in arrays_of(meta, len(names)).items():
-        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode, kind, shape)
+    for name, (kind, shape) in arrays_of(meta, count).items():
+        path = folder / f"{name}.npy"
+        arrays[name] = np.lib.format.open_memmap(path, mode, kind, shape)
+        if mode == "w+" and hasattr(os, "posix_fallocate"):  # a full disk is found now, by an error, not by a signal
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return arrays
+
+
+def fill_arrays(path: Path, net, names: list[str], read, asked: Encode, meta: dict, arrays: dict) -> None:
+    """Encode the pictures that are not done, and save meta.pt at `path` now and then."""
+    device = choose_device(asked.device)
+    net.to(device, memory_format=torch.channels_last)  # convolutions are a quarter faster so, on a CPU too
     done = meta["done"]
     bar = tqdm(total=len(names), initial=done, desc="encode", unit="picture", disable=asked.quiet)
     with ctrl_c_waits() as pressed, bar:
@@ -720,29 +791,19 @@ def write_latents(folder: Path, net, names: list[str], read, asked: Encode, labe
             if pressed.is_set():
                 raise Stopped
 
+
+def finish(path: Path, net, meta: dict, arrays: dict, labels) -> None:
+    """Add to meta.pt what is known at the end: the statistics, the labels, and checksums of the arrays."""
     count = len(meta["sources"])
-    reason = ""
-    if meta["skipped"]:
-        reason = "; " + ": ".join(meta["skipped"][0])
-    require(count >= 20, f"only {count} of {len(names)} pictures can be used, and 20 are needed{reason}")
-    meta["mean"], meta["std"] = channel_statistics(arrays["latents"][: meta["copies"] * count])
+    meta["mean"], meta["std"] = channel_statistics(torch.from_numpy(arrays["latents"][: meta["copies"] * count]))
     meta["attributes"] = []
     if labels:
         meta["attributes"], tokens = labels
         rows = [tokens[Path(name).name] for name in meta["sources"]]
         meta["labels"] = torch.tensor(rows, dtype=torch.uint8)  # (N,L)
+    meta["checksums"] = {name: zlib.crc32(array) for name, array in arrays.items()}
     meta["complete"] = True
     scflow.save(path, net, **meta)
-    return meta
-
-
-def fit_components(net: PatchPCA, names: list[str], read) -> None:
-    """Fit the components to about 4,096 of the pictures. Raises ValueError if none can be used."""
-    found = read(names[:: max(1, len(names) // 4096)])
-    good = [picture for picture in found if not isinstance(picture, str)]
-    require(good, f"none of the pictures can be used; the first {found[0]}")
-    kept = net.fit(torch.stack(good).float() / 255)
-    print(f"{net.channels} components of a patch keep {kept:.1%} of the variance")
 
 
 def encode_chunk(net, names, found, meta, arrays, device) -> None:
@@ -759,7 +820,7 @@ def encode_chunk(net, names, found, meta, arrays, device) -> None:
         return
     x = torch.stack(good).to(device)
     both = torch.stack([x, x.flip(3)], 1)[:, : meta["copies"]]  # each beside its mirror image
-    z = net.encode(both.flatten(0, 1).float() / 255).cpu()  # (copies·n,C,h,w)
+    z = net.encode(both.flatten(0, 1).float() / 255).half().cpu()  # (copies·n,C,h,w)
     end = len(meta["sources"])
     start = end - len(good)
     require(z.isfinite().all(), f"the autoencoder gives values that are not finite near {meta['sources'][start]}")
@@ -771,15 +832,15 @@ def encode_chunk(net, names, found, meta, arrays, device) -> None:
         array.flush()  # on the disk before meta.pt counts it
 
 
-def channel_statistics(latents: np.ndarray) -> tuple[Tensor, Tensor]:
+def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,1,1) of the channels of latents (N,C,h,w), added up in double precision."""
     total = 0
     squares = 0
-    for part in torch.from_numpy(latents).split(1024):
+    for part in latents.split(1024):
         part = part.double()
         total += part.sum((0, 2, 3))
         squares += part.square().sum((0, 2, 3))
-    n = latents[:, 0].size
+    n = latents[:, 0].numel()
     mean = total / n
     std = (squares / n - mean**2).clamp(min=0).sqrt()
     require((std > 1e-6).all(), "a channel of the latents is constant: use fewer --channels, or other pictures")
@@ -820,21 +881,23 @@ class Latents:
     """A finished latents folder. A fixed tenth of its pictures is held out, and never trained on."""
 
     def __init__(self, folder):
+        require(folder, "give --latents a folder that encode has made")
+        toy_2d.read_config(folder, LATENTS)
         path = Path(folder, "meta.pt")
-        require(path.is_file(), f"{folder or 'no --latents'} is not a latents folder (it holds no meta.pt): run encode")
-        meta = scflow.read(path)
-        require(meta.get("complete"), f"{folder} is unfinished: give the same encode command with --resume")
-        count = len(meta["sources"])
-        self.folder = folder
-        self.meta = meta
-        self.shape = tuple(meta["shape"])
-        self.copies = meta["copies"]
-        self.attributes = meta["attributes"]
-        self.labels = meta.get("labels")  # (N,L)
-        self.tokens = (len(self.attributes), 2) if self.attributes else None
-        self.arrays = {}
-        for name, (kind, shape) in arrays_of(meta, count).items():
-            self.arrays[name] = read_array(Path(folder, f"{name}.npy"), kind, shape)
+        with reading(path, "record of an encoding"):
+            meta = scflow.read(path, "complete")
+            require(meta["complete"], f"{folder} is unfinished: give the same encode command with --resume")
+            count = len(meta["sources"])
+            self.folder = folder
+            self.meta = meta
+            self.shape = tuple(meta["shape"])
+            self.copies = meta["copies"]
+            self.attributes = meta["attributes"]
+            self.labels = meta.get("labels")  # (N,L)
+            self.tokens = (len(self.attributes), 2) if self.attributes else None
+            self.arrays = {}
+            for name, checksum in meta["checksums"].items():
+                self.arrays[name] = read_array(Path(folder, f"{name}.npy"), checksum)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         tenth = count // 10
         self.held_out = order[:tenth].sort().values
@@ -846,7 +909,6 @@ class Latents:
         if mirrored:
             rows = (rows[:, None] + torch.arange(self.copies)).flatten()
         z = torch.from_numpy(self.arrays["latents"][rows.numpy()]).to(device).float()
-        require(z.isfinite().all(), f"{self.folder}/latents.npy holds values that are not finite: run encode again")
         return (z - self.meta["mean"].to(device)) / self.meta["std"].to(device)
 
     def cond(self, which: Tensor) -> Tensor | None:
@@ -855,10 +917,7 @@ class Latents:
 
     def batch(self, device: str):
         """`batch(n, generator)` over the training latents, which live on the device: no loader."""
-        self.normalised(self.held_out)  # a bad value is found now, and not when the first sheet is drawn
         z = self.normalised(self.train, device, mirrored=True)
-        std = z.std().item()
-        require(0.8 < std < 1.25, f"the normalised latents have a deviation of {std:.2f}, not 1: run encode again")
         labels = self.cond(self.train)
         if labels is not None:
             labels = labels.to(device)
@@ -892,15 +951,11 @@ class Latents:
         return thumbs, textures
 
 
-def read_array(path: Path, kind, shape: tuple) -> np.ndarray:
-    """The array of a file, which stays on the disk. Raises ValueError unless it holds at least `shape`."""
-    try:
+def read_array(path: Path, checksum: int) -> np.ndarray:
+    """The array of a file, which stays on the disk. Raises ValueError unless it is what encode wrote."""
+    with reading(path, "array that encode wrote: run it again"):
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError):
-        raise ValueError(f"{path} is missing or damaged: run encode again") from None
-    long_enough = len(array) >= shape[0]
-    fits = array.dtype == kind and array.shape[1:] == shape[1:]
-    require(fits and long_enough, f"{path} holds {array.dtype} {array.shape}, not {shape}: run encode again")
+        require(zlib.crc32(array) == checksum, f"{path} is damaged (its checksum is wrong): run encode again")
     return array
 
 
@@ -1022,27 +1077,32 @@ def compile_in_place(net: nn.Module) -> None:
 
 def read_run(path: Path, kind: str) -> dict:
     """The checkpoint of a run of the "teacher" or the "student". Raises ValueError if it is none."""
-    content = scflow.read(path)
-    require(content.get("kind") == kind, f"{path} does not hold a run of the {kind}")
+    with reading(path, f"run of the {kind}"):
+        content = scflow.read(path, "kind", "state", "log")
+        require(content["kind"] == kind, f"{path} does not hold a run of the {kind}")
+        require(content["state"]["step"] > 0, f"{path} is a run without a step")
     return content
 
 
 class RunFile:
     """The checkpoint of a run that trains the "teacher" or the "student", and its log.
 
-    .state  where the checkpoint that is already there has left the run, or None
+    start   called after the first update of a new run, to delete what the run replaces: what cannot work at all
+            fails before that
+    .state  where the checkpoint to go on with has left the run, or None
     .rows   the log up to there
     """
 
-    def __init__(self, folder: Path, kind: str, asked: Train, device: str):
+    def __init__(self, folder: Path, kind: str, asked: Train, device: str, start):
         self.folder = folder
         self.kind = kind
         self.asked = asked
         self.device = device
+        self.start = start
         self.path = folder / f"{kind}.pt"
         self.state = None
         self.rows = []
-        if self.path.exists():
+        if asked.resume and self.path.exists():
             content = read_run(self.path, kind)
             self.state = content["state"]
             self.rows = content["log"]
@@ -1061,6 +1121,8 @@ class RunFile:
         bar = tqdm(total=total, initial=done, desc=self.kind, disable=self.asked.quiet, mininterval=0.2)
         with ctrl_c_waits() as pressed, bar:
             for run in loop:
+                if run.step == 1:
+                    self.start()
                 images += batch or run.phase.batch
                 if run.step % 10 == 1:
                     losses = run.losses  # waits for a GPU to finish
@@ -1121,7 +1183,8 @@ def draw_sheet(path: Path, columns: dict[str, Tensor]) -> None:
         ax.set_title(title, fontsize=11)
         ax.axis("off")
     figure.subplots_adjust(0, 0, 1, 1 - 0.35 / height, wspace=0.05)
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
 
 
 def compare(path: Path, data: Latents, codec: Codec, networks: dict) -> None:
@@ -1144,7 +1207,11 @@ def teacher_command(argv) -> None:
     """Train the rectified-flow teacher on a latents folder. (Below, the numbers of --size small.)"""
     given, changed = cli(argv, teacher_command.__doc__, Teach(), TEACHERS["small"])
     asked = Teach(**given)
-    settings = replace(TEACHERS[asked.size], **changed)
+    teach(asked, replace(TEACHERS[asked.size], **changed))
+
+
+def teach(asked: Teach, settings: TeacherSettings) -> None:
+    """Train a teacher, or go on with it."""
     total = settings.teacher_steps
     device = choose_device(asked.device)
     data = Latents(asked.latents)
@@ -1155,18 +1222,18 @@ def teacher_command(argv) -> None:
     net = place(net, device, asked.precision)
     batch = data.batch(device)
     config = {"latents": asked.latents, "codec": codec_hash(codec.content), **asdict(settings)}
-    config.update(size=asked.size, patch=asked.patch, seed=asked.seed)
-    folder = open_or_resume(asked, config)
-
+    config.update(size=asked.size, patch=asked.patch, seed=asked.seed, precision=asked.precision)
     if wants_compile(asked, device):
         compile_in_place(net)
     generator = torch.Generator(device).manual_seed(asked.seed)
-    file = RunFile(folder, "teacher", asked, device)
-    loop = scflow.train_teacher(net, batch, generator, settings, resume=file.state)
     kept = {"codec": codec.content, "attributes": data.attributes}
-    for run in file.follow(loop, total, settings.teacher_batch, **kept):
-        if run.step % asked.sheet_every == 0 or run.step == total:
-            compare(folder / "teacher.png", data, codec, {"teacher": (run.ema, (1, 50))})
+    with open_or_resume(asked, RUN, config) as folder:
+        start = partial(start_folder, folder, RUN, config, RUN_FILES)
+        file = RunFile(folder, "teacher", asked, device, start)
+        loop = scflow.train_teacher(net, batch, generator, settings, resume=file.state)
+        for run in file.follow(loop, total, settings.teacher_batch, **kept):
+            if run.step % asked.sheet_every == 0 or run.step == total:
+                compare(folder / "teacher.png", data, codec, {"teacher": (run.ema, (1, 50))})
     print(f"{folder}/teacher.pt and teacher.png; next: python celeba_latent.py distill --out {folder}")
 
 
@@ -1174,14 +1241,18 @@ def distill_command(argv) -> None:
     """Distil the teacher of a run folder into a student that needs one step. (Below, the numbers of two_phase.)"""
     given, changed = cli(argv, distill_command.__doc__, Distill(), SCHEDULES["two_phase"])
     asked = Distill(**given)
-    schedule = toy_2d.revise(SCHEDULES[asked.preset], changed)
+    distil(asked, toy_2d.revise(SCHEDULES[asked.preset], changed))
+
+
+def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
+    """Train a student, or go on with it."""
     total = sum(phase.steps for phase in schedule)
     device = choose_device(asked.device)
     folder = Path(asked.out)
     path = folder / "teacher.pt"
     require(path.is_file(), f"no teacher in {folder}: run celeba_latent.py teacher --out {folder} first")
+    config = toy_2d.read_config(folder, RUN, "latents", "teacher_steps")
     past = read_run(path, "teacher")
-    config = read_json(folder / "config.json", "latents", "teacher_steps")
     done = past["state"]["step"]
     require(done == config["teacher_steps"], f"the teacher stopped at update {done}: finish it with teacher --resume")
     data = Latents(asked.latents or config["latents"])
@@ -1189,11 +1260,12 @@ def distill_command(argv) -> None:
     data.require_attributes(past["attributes"], path)
     guidable = data.attributes or asked.guidance == 1
     require(guidable, f"--guidance needs labels, and {data.folder} has none: encode with --labels")
-    plan = {"seed": asked.seed, "guidance": asked.guidance, "schedule": [asdict(phase) for phase in schedule]}
+    plan = {"seed": asked.seed, "guidance": asked.guidance, "precision": asked.precision}
+    plan["schedule"] = [asdict(phase) for phase in schedule]
     TRUSTED.add(asked.trust_autoencoder)
     codec = Codec(past["codec"], device)
     batch = data.batch(device)
-    make_room(folder, asked, plan)
+    require_room(folder / "student.pt", asked, plan)
 
     torch.manual_seed(asked.seed)  # initial weights of the critic
     teacher = place(scflow.load(path), device, asked.precision)
@@ -1202,7 +1274,8 @@ def distill_command(argv) -> None:
     if asked.guidance != 1:
         velocity = scflow.guided(teacher, asked.guidance)
     generator = torch.Generator(device).manual_seed(asked.seed + 1)
-    file = RunFile(folder, "student", asked, device)
+    start = partial(toy_2d.clear_folder, folder, STUDENT_FILES)
+    file = RunFile(folder, "student", asked, device, start)
     if file.state is None:
         file.rows = past["log"]
     loop = scflow.distill(velocity, critic, batch, generator, schedule, student=teacher, resume=file.state)
@@ -1223,19 +1296,16 @@ def distill_command(argv) -> None:
     print(f"{folder}/student.pt and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
 
-def make_room(folder: Path, asked: Distill, plan: dict) -> None:
-    """See to a student that is already there: it is gone on with, overwritten, or the reason for a ValueError."""
-    student = folder / "student.pt"
+def require_room(student: Path, asked: Distill, plan: dict) -> None:
+    """Raise ValueError if a student is already there that is neither to be gone on with nor to be overwritten."""
     if not student.exists():
         return
     require(asked.resume or asked.overwrite, f"{student} exists: give --resume to go on with it, or --overwrite")
     if asked.resume:
-        before = read_run(student, "student")["plan"]
+        before = read_run(student, "student").get("plan")
         same = before == plan
-        require(same, f"--resume with another seed, guidance or schedule than {student} was started with")
-        return
-    for name in ("student.pt", "metrics.json", "metrics.md"):
-        (folder / name).unlink(missing_ok=True)
+        words = "seed, guidance, precision or schedule"
+        require(same, f"--resume with another {words} than {student} was started with")
 
 
 # ═══ 8. Samples and measures ══════════════════════════════════════════════════════════════
@@ -1281,10 +1351,11 @@ def sample_command(argv) -> None:
         pictures = generate(net, noise, steps, codec, asked.solver, cond=cond, generator=fresh)
         path = Path(asked.file)
         path = path.with_stem(f"{path.stem}-{steps}")
-        if path.suffix == ".npz":
-            np.savez_compressed(path, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
-        else:
-            Image.fromarray(grid(pictures)).save(path)
+        with replacing(path) as temporary:
+            if path.suffix == ".npz":
+                np.savez_compressed(temporary, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
+            else:
+                Image.fromarray(grid(pictures)).save(temporary)
         evaluations = toy_2d.plural(scflow.nfe(steps, asked.solver), "network evaluation")
         print(f"{path}: {asked.count} pictures, {evaluations} each")
 
@@ -1312,11 +1383,12 @@ def wanted(given, names: list[str], n: int) -> Tensor:
 
 def load_run(path, device: str) -> tuple[nn.Module, Codec]:
     """The network, with the names of its .attributes, and the codec of a checkpoint of this script."""
-    content = scflow.read(path)
-    require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
-    net = scflow.load(path, device=device)
-    net.attributes = content.get("attributes", [])
-    return net, Codec(content["codec"], device)
+    with reading(path, "checkpoint of celeba_latent.py"):
+        content = scflow.read(path)
+        require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
+        net = scflow.load(path, device=device)
+        net.attributes = content.get("attributes", [])
+        return net, Codec(content["codec"], device)
 
 
 @dataclass(frozen=True)
@@ -1339,14 +1411,18 @@ class Evaluate(Device):
 def evaluate_command(argv) -> None:
     """Measure teacher and student of a run folder against pictures that were never trained on."""
     (given,) = cli(argv, evaluate_command.__doc__, Evaluate())
-    asked = Evaluate(**given)
+    evaluate(Evaluate(**given))
+
+
+def evaluate(asked: Evaluate) -> None:
+    """Measure, and write metrics.json, metrics.md and neighbours.png."""
     device = choose_device(asked.device)
     n = asked.count
     folder = Path(asked.out)
     TRUSTED.add(asked.trust_autoencoder)
     teacher, _ = load_run(folder / "teacher.pt", device)
     student, codec = load_run(folder / "student.pt", device)
-    data = Latents(asked.latents or read_json(folder / "config.json", "latents")["latents"])
+    data = Latents(asked.latents or toy_2d.read_config(folder, RUN, "latents")["latents"])
     data.require_codec(codec.content, folder)
     data.require_attributes(student.attributes, folder)
     require(len(data.held_out) >= 200, f"{len(data.held_out)} held-out pictures are too few: encode 2,000 pictures")
@@ -1488,6 +1564,13 @@ class Demo(Folder):
     student_steps: int = 800  # updates of the student
     out: str = "runs/demo"  # run folder; the latents go beside it, into OUT-latents
 
+    def __post_init__(self):
+        super().__post_init__()
+        held_out = self.drawings // 10
+        require(held_out >= 200, f"{self.drawings} drawings are too few to measure with: give 2,000 or more")
+        enough = self.count <= self.drawings - held_out
+        require(enough, f"--count {self.count} needs as many drawings that are trained on; a tenth is held out")
+
 
 def draw_batch(names: list[str]) -> list[Tensor]:
     """Drawings uint8 (3,32,32) by their numbers; the first number of a batch seeds it."""
@@ -1501,26 +1584,23 @@ def demo_command(argv) -> None:
     clock = time.perf_counter()
     (given,) = cli(argv, demo_command.__doc__, Demo())
     demo = Demo(**given)
-    device = choose_device(demo.device)
-    names = [str(i) for i in range(demo.drawings)]
     latents = f"{demo.out}-latents"
-    how = dict(device=device, resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
-    encode = Encode(**how, size=32, batch=500, out=latents)
-    folder = open_or_resume(encode, {"drawings": demo.drawings})
-    write_latents(folder, PatchPCA(16, 64), names, draw_batch, encode)
+    how = dict(device=choose_device(demo.device), resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
+    # All settings are made, and so checked, before the first minute is spent.
+    encoding = Encode(**how, size=32, batch=500, out=latents)
+    measuring = Evaluate(device=how["device"], out=demo.out, seed=demo.seed, count=demo.count)
+    schedule = scflow.rescale(SCHEDULES["two_phase"], demo.student_steps)
+    settings = replace(TEACHERS["small"], teacher_steps=demo.teacher_steps)
+    if not Path(demo.out).exists():  # it was stopped while it encoded
+        how["resume"] = False
+    teaching = Teach(**how, latents=latents, out=demo.out, seed=demo.seed, patch=1)
+    distilling = Distill(**how, out=demo.out, seed=demo.seed)
 
-    common = ["--out", demo.out, "--seed", str(demo.seed), "--device", device]
-    flags = [*common]
-    if demo.quiet:
-        flags.append("--quiet")
-    if demo.overwrite:
-        flags.append("--overwrite")
-    if demo.resume and Path(demo.out, "config.json").exists():  # else it was stopped while it encoded
-        flags.append("--resume")
-    teacher_steps = str(demo.teacher_steps)
-    teacher_command([*flags, "--latents", latents, "--patch", "1", "--teacher-steps", teacher_steps])
-    distill_command([*flags, "--student-steps", str(demo.student_steps)])
-    evaluate_command([*common, "--count", str(demo.count)])
+    names = [str(i) for i in range(demo.drawings)]
+    write_latents(PatchPCA(16, 64), names, draw_batch, encoding, {"drawings": demo.drawings})
+    teach(teaching, settings)
+    distil(distilling, schedule)
+    evaluate(measuring)
     print(f"{time.perf_counter() - clock:.0f} s; samples: {Path(demo.out, 'student.png')}")
 
 

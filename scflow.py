@@ -46,8 +46,13 @@ Where a comment says "the reference", it means the code that the paper's authors
 import copy
 import math
 import os
+import pickle
+import tempfile
 import warnings
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -169,10 +174,14 @@ def rand_times(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
 
 
+class Refused(ValueError):
+    """What `require` raises. Its message is written for whoever gave the input."""
+
+
 def require(condition, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
+    """Raise Refused, a ValueError, with this message if the condition does not hold."""
     if not condition:
-        raise ValueError(message)
+        raise Refused(message)
 
 
 # ═══ 2. The losses ════════════════════════════════════════════════════════════════════════
@@ -1050,6 +1059,7 @@ def guided(net, w: float):
 # ═══ 6. Weights files ═════════════════════════════════════════════════════════════════════
 
 FORMAT = "scflow-2"
+UNFINISHED = ".unfinished-"  # so begins the name of a folder that `replacing` writes in; a killed program leaves one
 NETWORKS = {c.__name__: c for c in (MLP, DiT, PointCritic, LatentCritic)}
 
 
@@ -1061,46 +1071,86 @@ def build(arch: dict) -> nn.Module:
     try:
         return NETWORKS[name](**settings)
     except TypeError as error:
-        raise ValueError(f"the architecture {arch} does not fit scflow.{name}: {error}") from None
+        raise Refused(f"the architecture {arch} does not fit scflow.{name}: {error}") from None
+
+
+@contextmanager
+def replacing(path):
+    """A path to write a file at. When the block ends well, that file takes the place of `path`.
+
+    A program killed at any moment leaves either the old file or the new one, whole.
+    Raises OSError, and leaves the old file, where nothing can be written or the disk is full.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:  # no other writer's
+            temporary = Path(folder, path.name)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it takes the old file's name
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def reading(path, kind: str):
+    """Whatever fails in this block, but for a message of `require`, is a ValueError: `path` is damaged, or no `kind`.
+
+    Readers of foreign bytes raise nearly anything; so does code that uses what they return.
+    """
+    require(os.path.isfile(path), f"no {kind} at {path}")  # a pipe would keep us waiting
+    try:
+        yield
+    except (Refused, PermissionError):  # the system's own words are clear
+        raise
+    except Exception:
+        raise Refused(f"{path} is damaged, or no {kind}") from None
 
 
 def save(path, net: nn.Module, **extra) -> None:
     """Write the network's weights and `extra` (tensors, numbers, strings, lists, dictionaries) atomically.
 
-    A program killed at any moment leaves either the old file or the new one, whole.
-    Raises FloatingPointError if weights are not finite, and leaves the old file.
+    Raises FloatingPointError if weights are not finite, ValueError if `read` would refuse the file, and OSError
+    if it cannot be written. The old file is left then.
     """
     if not all(p.isfinite().all() for p in net.parameters()):
         raise FloatingPointError(f"the weights for {path} are no longer finite, and are not saved")
     net = getattr(net, "_orig_mod", net)  # of a compiled network the plain one: its weights carry no prefix
     content = {"format": FORMAT, "arch": getattr(net, "arch", None), "weights": net.state_dict(), **extra}
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the old file's name
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError:
+            raise OSError("torch could not, as when the disk is full") from None
+        try:
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # mmap: no number is read
+        except pickle.UnpicklingError:
+            kinds = "tensors, numbers, strings, lists and dictionaries"
+            raise Refused(f"{path} is not written: of what it is to hold, not all are {kinds}") from None
 
 
-def read(path) -> dict:
-    """The dictionary that `save` wrote, on the CPU. Raises ValueError if the file is missing, damaged or not ours."""
-    require(os.path.isfile(path), f"no checkpoint at {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below says it
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:  # the system's own words are clear
-        raise
-    except Exception:  # on foreign bytes the unpickler raises nearly anything
-        raise ValueError(f"{path} is truncated or not a checkpoint") from None
-    known = isinstance(content, dict) and content.get("format") == FORMAT and {"arch", "weights"} <= content.keys()
-    require(known, f"{path} is not a checkpoint of scflow ({FORMAT})")
+def read(path, *keys: str) -> dict:
+    """The dictionary that `save` wrote, on the CPU.
+
+    keys  entries that it must have, beside those of every file.
+    Raises ValueError if the file is missing, damaged, not ours or lacks an entry.
+    """
+    with reading(path, "checkpoint"):
+        content = read_tensors(path)
+        require(content["format"] == FORMAT, f"{path} is not a checkpoint of scflow ({FORMAT})")
+        for key in ("arch", "weights", *keys):
+            require(key in content, f"{path} holds no {key!r}: another program wrote it")
     return content
+
+
+def read_tensors(path):
+    """What torch.save has put in a file, on the CPU. Nothing in it is executed."""
+    with zipfile.ZipFile(path) as archive:
+        require(archive.testzip() is None, f"{path} is damaged: a checksum is wrong")  # torch does not look
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an error follows, and says it
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(path, net: nn.Module | None = None, device="cpu") -> nn.Module:
@@ -1110,10 +1160,8 @@ def load(path, net: nn.Module | None = None, device="cpu") -> nn.Module:
     Raises ValueError if the file or its architecture does not fit.
     """
     content = read(path)
-    if net is None:
-        net = build(content["arch"] or {})
-    try:
+    with reading(path, "network of this architecture"):
+        if net is None:
+            net = build(content["arch"] or {})
         net.load_state_dict(content["weights"])
-    except RuntimeError:
-        raise ValueError(f"{path} holds a network of another architecture ({content['arch']})") from None
     return net.to(device).eval().requires_grad_(False)

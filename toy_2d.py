@@ -11,13 +11,17 @@ A run folder holds config.json, teacher.pt, student.pt, metrics.json, log.csv an
 import argparse
 import csv
 import inspect
+import io
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
+import traceback
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -46,8 +50,11 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, means, std: float, weights=None, labels=None):
         super().__init__()
+        require(std > 0, f"the std of a mixture must be positive, not {std}")
         means = torch.as_tensor(means, dtype=torch.get_default_dtype())  # (K,d)
         weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
+        fit = weights.shape == (len(means),) and weights.min() >= 0 and weights.sum() > 0
+        require(fit, f"a mixture of {len(means)} components needs as many weights, none negative, not {weights}")
         self.register_buffer("means", means)
         self.register_buffer("weights", (weights / weights.sum()).to(means))  # (K,)
         self.register_buffer("labels", None if labels is None else torch.as_tensor(labels))  # (K,)
@@ -149,16 +156,12 @@ class Points:
 
 def read_points(path) -> np.ndarray:
     """The array (N,2) in a .npy file. Raises ValueError if it is none."""
-    require(os.path.isfile(path), f"no points file at {path}")
-    try:
+    with scflow.reading(path, ".npy file of points, as numpy.save writes one array"):
         points = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError):
-        raise ValueError(f"{path} is not a .npy file of numbers; write one with numpy.save") from None
-    require(isinstance(points, np.ndarray), f"{path} is an archive of arrays; write one array with numpy.save")
-    shaped = points.ndim == 2 and points.shape[1] == 2 and len(points) >= 100
-    found = f"{points.dtype} of shape {points.shape}"
-    require(shaped and points.dtype.kind in "iuf", f"{path} must hold real numbers (N,2), N ≥ 100, not {found}")
-    require(np.isfinite(points).all(), f"{path} holds values that are not finite")
+        shaped = points.ndim == 2 and points.shape[1] == 2 and len(points) >= 100
+        found = f"{points.dtype} of shape {points.shape}"
+        require(shaped and points.dtype.kind in "iuf", f"{path} must hold real numbers (N,2), N ≥ 100, not {found}")
+        require(np.isfinite(points).all(), f"{path} holds values that are not finite")
     return points
 
 
@@ -465,8 +468,18 @@ def add_flag(group, cls, f, values: list, text: str) -> None:
         return
     choices = get_args(f.type) if get_origin(f.type) is Literal else None
     kind = type(first[0] if isinstance(first, tuple) else first)
+    if kind is int:
+        kind = whole_number
     metavar = "|".join(choices) if choices else f.name.upper()
     group.add_argument(flag, type=kind, choices=choices, metavar=metavar, nargs="+" if several else None, **how)
+
+
+def whole_number(text: str) -> int:
+    """An int of a size that can be computed with."""
+    number = int(text)
+    if abs(number) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is too large: 2³² − 1 is the most")
+    return number
 
 
 def revise(schedule: tuple[Phase, ...], changes: dict[str, list]) -> tuple[Phase, ...]:
@@ -507,9 +520,8 @@ def configure(argv: list[str], description: str = "") -> tuple[Run, TeacherSetti
 
 def write_text(path, text: str) -> None:
     """Replace a text file atomically."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with scflow.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path, rows: list[dict]) -> None:
@@ -517,50 +529,81 @@ def write_csv(path, rows: list[dict]) -> None:
     names = {}  # a dictionary keeps the order
     for row in rows:
         names.update(row)
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with scflow.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(names))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def read_json(path, *keys: str) -> dict:
     """The dictionary in a JSON file. Raises ValueError if it is damaged or lacks one of the keys."""
-    try:
+    with scflow.reading(path, "JSON file of this program"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    require(isinstance(content, dict) and all(key in content for key in keys), f"{path} is damaged")
+        for key in keys:
+            content[key]
     return content
 
 
-def free_folder(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on: the first that does not exist."""
-    folder = Path("runs", name)
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs", f"{name}-{number}")
-    return folder
+@contextmanager
+def open_folder(out: str, name: str, overwrite: bool, kind: str):
+    """The folder of a new run: `out`, or without it runs/NAME, runs/NAME-2 and so on.
 
-
-def open_folder(out: str, name: str, overwrite: bool, config: dict) -> Path:
-    """A new run folder with its config.json. One that exists is refused unless `overwrite`, which empties it."""
-    folder = Path(out) if out else free_folder(name)
-    file = folder / "config.json"
-    require(overwrite or not folder.exists(), f"{folder} exists: give --overwrite to start afresh in it")
-    ours = not folder.exists() or file.is_file() or (folder.is_dir() and not any(folder.iterdir()))
-    require(ours, f"{folder} is not a run folder (it holds no config.json), and is left alone")
+    It is made here, or with `overwrite` it may be there; nothing in it is changed yet. If the block fails
+    before anything is written, the folder goes. Raises ValueError if it is not free, or holds no `kind`.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.pt", "metrics.json", "log.csv", "[1-6]_*.png", "*.gif"):
-            for old in folder.glob(pattern):
-                old.unlink()
-        write_text(file, json.dumps(config, indent=1))
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
-    return folder
+        folder = new_folder(out, name)
+    except FileExistsError:
+        folder = Path(out)
+        require(overwrite, f"{folder} exists: give --overwrite to start afresh in it")
+        if not folder.is_dir() or not is_empty(folder):
+            read_config(folder, kind)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()  # the system does this to empty folders only
+        raise
+
+
+def new_folder(out: str, name: str) -> Path:
+    """Make a folder that nobody else has made. Raises FileExistsError if `out` is there."""
+    folder = Path(out or f"runs/{name}")
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if out:
+                raise
+            number += 1
+            folder = Path(f"runs/{name}-{number}")
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a killed program left."""
+    return all(file.name.startswith(scflow.UNFINISHED) for file in folder.iterdir())
+
+
+def read_config(folder, kind: str, *keys: str) -> dict:
+    """The config.json of a folder. Raises ValueError unless it says that this is a `kind`, and has the keys."""
+    file = Path(folder, "config.json")
+    require(file.is_file(), f"{folder} is no {kind}: it holds no config.json")
+    config = read_json(file, "kind", *keys)
+    require(config["kind"] == kind, f"{folder} is no {kind}, but a {config['kind']}")
+    return config
+
+
+def clear_folder(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Delete the files of a run in this order, and what a killed program left."""
+    for pattern in patterns:
+        for old in folder.glob(pattern):
+            old.unlink()
+    for old in folder.glob(f"{scflow.UNFINISHED}*"):
+        shutil.rmtree(old)
 
 
 def machine() -> str:
@@ -722,34 +765,38 @@ def prepare(run: Run):
     return data.to(run.device) if mixture else data
 
 
+RUN = "run of toy_2d.py"  # what config.json says it is
+RUN_FILES = ("metrics.json", "*.pt", "log.csv", "[1-6]_*.png", "*.gif")  # without weights no measures: those go first
+
+
 def train(run: Run, settings: TeacherSettings, schedule: tuple[Phase, ...]) -> tuple[Path, dict]:
-    """One run from start to metrics.json; returns its folder and the metrics."""
+    """One run from start to metrics.json; returns its folder and the metrics. All is written at the end."""
     data = prepare(run)
-    config = {"teacher_settings": asdict(settings), "schedule": [asdict(phase) for phase in schedule]}
+    config = {"kind": RUN, "teacher_settings": asdict(settings), "schedule": [asdict(phase) for phase in schedule]}
     for name in ("dataset", "seed", "preset", "teacher", "width", "depth", "samples", "nfe", "device"):
         config[name] = getattr(run, name)
-    folder = open_folder(run.out, Path(run.dataset).stem, run.overwrite, config)
-    if not run.quiet:
-        print(f"writing to {folder}")
-    torch.set_num_threads(1)  # a second thread saves little on matrices this small, and rounds otherwise
-    journal = Journal(dataset(run.dataset))
-    clock = [time.perf_counter()]
+    with open_folder(run.out, Path(run.dataset).stem, run.overwrite, RUN) as folder:
+        if not run.quiet:
+            print(f"writing to {folder}")
+        torch.set_num_threads(1)  # a second thread saves little on matrices this small, and rounds otherwise
+        journal = Journal(dataset(run.dataset))
+        clock = [time.perf_counter()]
+        teacher = fit_teacher(run, data, settings, journal.note)
+        clock.append(time.perf_counter())
+        state = fit_student(run, data, teacher, schedule, journal.note)
+        clock.append(time.perf_counter())
+        metrics = measure(run, data if run.teacher == "exact" else teacher, state.ema)
+        clock.append(time.perf_counter())
+        seconds = np.diff(clock).tolist()
+        metrics["seconds"] = {"teacher": seconds[0], "student": seconds[1], "evaluation": seconds[2]}
 
-    teacher = fit_teacher(run, data, settings, journal.note)
-    scflow.save(folder / "teacher.pt", teacher)
-    clock.append(time.perf_counter())
-
-    state = fit_student(run, data, teacher, schedule, journal.note)
-    past = {"rows": journal.rows, "frames": journal.frames}
-    scflow.save(folder / "student.pt", state.ema, target=state.target.state_dict(), **past)
-    write_csv(folder / "log.csv", journal.rows)  # losses unweighted, norms weighted
-    clock.append(time.perf_counter())
-
-    metrics = measure(run, data if run.teacher == "exact" else teacher, state.ema)
-    clock.append(time.perf_counter())
-    seconds = np.diff(clock).tolist()
-    metrics["seconds"] = {"teacher": seconds[0], "student": seconds[1], "evaluation": seconds[2]}
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+        clear_folder(folder, RUN_FILES)
+        write_text(folder / "config.json", json.dumps(config, indent=1))
+        past = {"rows": journal.rows, "frames": journal.frames}
+        scflow.save(folder / "teacher.pt", teacher)
+        scflow.save(folder / "student.pt", state.ema, target=state.target.state_dict(), **past)
+        write_csv(folder / "log.csv", journal.rows)  # losses unweighted, norms weighted
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
 
 
@@ -837,10 +884,11 @@ def write_figure(path, figure, dpi: int = 100) -> None:
     """Save a figure as a PNG of 256 colours, a third of the size."""
     from PIL import Image
 
-    figure.savefig(path, dpi=dpi)
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256)
-    small.save(path)
+    with scflow.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+        with Image.open(temporary) as image:
+            small = image.convert("RGB").quantize(256)
+        small.save(temporary)
 
 
 def window(ax, title: str = "") -> None:
@@ -860,22 +908,22 @@ class Pictures:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        require((self.folder / "metrics.json").exists(), f"no finished run in {folder} (it holds no metrics.json)")
-        config = read_json(self.folder / "config.json", "schedule", "dataset", "teacher")
-        self.metrics = read_json(self.folder / "metrics.json", "rows", "floor")
-        try:
+        config = read_config(folder, RUN, "dataset", "teacher", "schedule")
+        with scflow.reading(self.folder / "metrics.json", "measures of a finished run"):
+            self.metrics = read_json(self.folder / "metrics.json")
+            self.floor = [1e3 * self.metrics["floor"][name] for name in ("mean", "sd")]
+            self.curves = {label: self.quality(*label) for label in LABELS}
+        with scflow.reading(self.folder / "config.json", "configuration of this version"):
             self.schedule = tuple(Phase(**phase) for phase in config["schedule"])
-        except TypeError:
-            raise ValueError(f"{self.folder / 'config.json'} has other settings than this program knows") from None
-        self.data = dataset(config["dataset"])
+            self.data = dataset(config["dataset"])
         self.exact = self.data if isinstance(self.data, GaussianMixture) else None
-        past = scflow.read(self.folder / "student.pt")
-        require("frames" in past, f"{self.folder / 'student.pt'} is not of a run of toy_2d.py")
-        self.rows = past["rows"]
-        self.frames = past["frames"]
         self.student = scflow.load(self.folder / "student.pt")
-        self.target = scflow.clone(self.student)
-        self.target.load_state_dict(past["target"])
+        with scflow.reading(self.folder / "student.pt", "student of toy_2d.py"):
+            past = scflow.read(self.folder / "student.pt", "rows", "frames", "target")
+            self.rows = past["rows"]
+            self.frames = past["frames"]
+            self.target = scflow.clone(self.student)
+            self.target.load_state_dict(past["target"])
         self.teacher = self.exact if config["teacher"] == "exact" else scflow.load(self.folder / "teacher.pt")
         generator = torch.Generator().manual_seed(3)
         self.noise = torch.randn(1500, 2, generator=generator)
@@ -903,7 +951,7 @@ class Pictures:
         for (who, steps), ax in panels.items():
             x = scflow.sample(getattr(self, who), self.noise, steps)
             cloud(ax, x, f"{who}, {plural(steps, 'step')}", colours)
-            quality = self.quality(who)
+            quality = self.curves[who, "euler"]
             value = f"{quality[steps]:.1f}".replace("-", "−") if steps in quality else "not measured"
             ax.set_xlabel(f"energy distance × 10³: {value}", fontsize=9, color="#444444")
         return figure
@@ -911,13 +959,12 @@ class Pictures:
     def steps(self, plt):
         """Quality against network evaluations, with the noise floor as a band."""
         figure, ax = plt.subplots(figsize=(6, 3.9))
-        mean = 1e3 * self.metrics["floor"]["mean"]
-        sd = 1e3 * self.metrics["floor"]["sd"]
+        mean, sd = self.floor
         ax.axhspan(mean - 2 * sd, mean + 2 * sd, color="#dddddd", label="noise floor ± 2 sd", lw=0)
         for (who, solver), colour, marker in zip(LABELS, (TEACHER, STUDENT, RENOISE), "os^"):
-            quality = self.quality(who, solver)
+            quality = self.curves[who, solver]
             ax.plot(quality.keys(), quality.values(), color=colour, marker=marker, label=LABELS[who, solver], lw=2)
-        counts = sorted(self.quality("teacher"))
+        counts = sorted(self.curves["teacher", "euler"])
         ax.set_xscale("log", base=2)
         ax.set_yscale("symlog", linthresh=2)
         ax.set_xticks(counts, counts)
@@ -1066,7 +1113,8 @@ class Pictures:
 
         frames = self.frames + 8 * self.frames[-1:]  # it ends on a pause
         path = self.folder / "distillation.gif"
-        FuncAnimation(figure, draw, frames).save(path, PillowWriter(fps=6))
+        with scflow.replacing(path) as temporary:
+            FuncAnimation(figure, draw, frames).save(temporary, PillowWriter(fps=6))
         return path
 
     def draw(self, which: str, gif: bool = False) -> list[Path]:
@@ -1131,21 +1179,44 @@ COMMANDS = {"train": train_command, "plot": plot_command}
 
 def main(argv=None, commands=COMMANDS, default: str | None = "train", program: str = "toy_2d.py") -> int:
     """Run a command. Bad input is one line on stderr and exit code 2, a stop by Ctrl-C is 130."""
+    open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and argv[0] in commands else default
     try:
         require(name, f"name a command: {', '.join(commands)} (each has --help)")
         commands[name](argv)
         return 0
-    except torch.cuda.OutOfMemoryError:
-        text = "error: out of memory: lower the batch (--batch, --teacher-batch, --student-batch) or --size"
-    except (ValueError, FloatingPointError, OSError) as error:
-        text = f"error: {error}"
     except KeyboardInterrupt as stop:
         print(f"{program}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
-    print(f"{program}: {text}", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError) as error:
+        text = str(error)
+    except Exception as error:
+        if sys.flags.dev_mode:  # python -X dev
+            raise
+        text = explain(error)
+    print(f"{program}: error: {' '.join(text.split())}", file=sys.stderr)
     return 2
+
+
+def open_streams() -> None:
+    """No character, and no stream that the caller has closed, may end a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that knows no σ
+
+
+def explain(error: Exception) -> str:
+    """What to say of an error that nobody expected: where it happened, or that the memory is full."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate" in text:
+        return "out of memory: lower the batch (--batch, --teacher-batch, --student-batch), --size or --width"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return f"{type(error).__name__}: {text} ({where}; python -X dev shows all)"
 
 
 if __name__ == "__main__":

@@ -669,9 +669,6 @@ def train_command(argv: list[str]) -> None:
     there = [str(folder) for folder in folders if folder.exists()]
     free = asked.resume or asked.overwrite or not there
     require(free, f"{', '.join(there)} exists: give --resume to go on with it, or --overwrite")
-    for folder, seed in zip(folders, asked.seeds):
-        open_run(asked, folder, seed)
-
     done = []
     records = []
     for folder, seed in zip(folders, asked.seeds):
@@ -686,8 +683,12 @@ def train_command(argv: list[str]) -> None:
     common.write_report(f"{asked.out}/captions", "experiments.captions", argv, lines)
 
 
-def open_run(asked: Captions, folder: Path, seed: int) -> None:
-    """Make a run folder, or see that it holds a run of the same settings."""
+RUN = "run of captions"  # what config.json says it is
+RUN_FILES = ("metrics.json", "student.pt", "teacher.pt", "prompts.png", "log.csv")
+
+
+def run_one(asked: Captions, folder: Path, seed: int) -> dict:
+    """Teacher, student and measures of one seed. What is finished is read back, what was stopped goes on."""
     config = {
         "seed": seed,
         "guidance": asked.guidance,
@@ -699,21 +700,31 @@ def open_run(asked: Captions, folder: Path, seed: int) -> None:
         "student": [asdict(phase) for phase in SCHEDULES[asked.preset]],
     }
     started = (folder / "config.json").exists()
-    own = replace(asked, out=str(folder), resume=asked.resume and started)
-    celeba_latent.open_or_resume(own, config)
+    asked = replace(asked, out=str(folder), resume=asked.resume and started)
+    with celeba_latent.open_or_resume(asked, RUN, config):
+        file = folder / "metrics.json"
+        if asked.resume and file.exists():
+            return toy_2d.read_json(file, "rows", "machine")
+        start = partial(celeba_latent.start_folder, folder, RUN, config, RUN_FILES)
+        codec, teacher, student = train_one(asked, folder, seed, start)
+        rows = measure(codec, teacher, student, asked.guidance, asked.samples, seed)
+        plt = toy_2d.drawing()
+        figure = prompt_sheet(codec, teacher, student, asked.guidance)
+        toy_2d.write_figure(folder / "prompts.png", figure, 80)
+        plt.close(figure)
+        metrics = {"rows": rows, "machine": toy_2d.machine()}
+        toy_2d.write_text(file, json.dumps(metrics, indent=1))
+    return metrics
 
 
-def run_one(asked: Captions, folder: Path, seed: int) -> dict:
-    """Teacher, student and measures of one seed. What is finished is read back, what was stopped goes on."""
-    file = folder / "metrics.json"
-    if file.exists():
-        return toy_2d.read_json(file, "rows", "machine")
-    teacher_file = RunFile(folder, "teacher", asked, asked.device)
-    student_file = RunFile(folder, "student", asked, asked.device)
+def train_one(asked: Captions, folder: Path, seed: int, start) -> tuple:
+    """The codec, the teacher and the student of one seed."""
+    teacher_file = RunFile(folder, "teacher", asked, asked.device, start)
+    student_file = RunFile(folder, "student", asked, asked.device, lambda: None)
     if teacher_file.state is None:
         content = codec_of()
     else:
-        content = scflow.read(teacher_file.path)["codec"]  # another machine might compute another
+        content = scflow.read(teacher_file.path, "codec")["codec"]  # another machine might compute another
     codec = Codec(content, asked.device)
     batch = batches(codec)
     torch.manual_seed(seed)  # initial weights
@@ -737,15 +748,7 @@ def run_one(asked: Captions, folder: Path, seed: int) -> dict:
     for _ in student_file.follow(loop, total, codec=content):
         pass
     student = scflow.load(student_file.path, device=asked.device)
-
-    rows = measure(codec, teacher, student, asked.guidance, asked.samples, seed)
-    plt = toy_2d.drawing()
-    figure = prompt_sheet(codec, teacher, student, asked.guidance)
-    toy_2d.write_figure(folder / "prompts.png", figure, 80)
-    plt.close(figure)
-    metrics = {"rows": rows, "machine": toy_2d.machine()}
-    toy_2d.write_text(file, json.dumps(metrics, indent=1))
-    return metrics
+    return codec, teacher, student
 
 
 @dataclass(frozen=True)
@@ -762,6 +765,7 @@ class Sample(celeba_latent.Device):
     def __post_init__(self):
         super().__post_init__()
         require(min(self.steps) > 0, f"steps must be positive, not {min(self.steps)}")
+        require(self.file.endswith(".png"), f"--file must end in .png, not {self.file!r}")
 
 
 def sample_command(argv: list[str]) -> None:
@@ -787,7 +791,9 @@ def sample_command(argv: list[str]) -> None:
         rows.append(F.pad(pictures, (1, 1, 1, 1), value=255))  # a white frame, (count,3,34,34)
     grid = rearrange(torch.stack(rows), "steps n c h w -> (steps h) (n w) c")
     image = Image.fromarray(grid.numpy())
-    image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(asked.file)
+    image = image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+    with scflow.replacing(asked.file) as temporary:
+        image.save(temporary)
 
 
 COMMANDS = {"train": train_command, "sample": sample_command}

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,9 +27,12 @@ def parallel_map(workers: int, function, *lists) -> list:
     `function` stands at the top level of a module, so that another process can import it.
     """
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        results = pool.map(function, *lists)
-        return list(tqdm(results, total=len(lists[0]), desc="runs"))
+    try:
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+            results = pool.map(function, *lists)
+            return list(tqdm(results, total=len(lists[0]), desc="runs"))
+    except BrokenProcessPool:
+        raise OSError("a process was killed, perhaps for want of memory: try fewer --workers") from None
 
 
 def run_cell(function, cell: dict, path: Path) -> dict:
