@@ -721,14 +721,16 @@ def write_latents(net, names: list[str], read, asked: Encode, config: dict, labe
                 net = scflow.load(path)
                 for key in ("format", "arch", "weights"):
                     del meta[key]  # scflow.save writes them
-                arrays = open_arrays(folder, meta, len(names), "r+")
         else:
             prepare(net, names, read, device)
             blank = torch.zeros(1, 3, asked.size, asked.size, device=device)
             meta = {"size": asked.size, "copies": 2 if asked.flips else 1, "complete": False}
             meta.update(done=0, sources=[], skipped=[], shape=list(net.encode(blank).shape[1:]))
             start_folder(folder, LATENTS, config, LATENT_FILES)
-            arrays = open_arrays(folder, meta, len(names), "w+")
+            make_arrays(folder, meta, len(names))
+        arrays = {}
+        for name in arrays_of(meta, len(names)):
+            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r+")
         fill_arrays(path, net, names, read, asked, meta, arrays)
         finish(path, net, meta, arrays, labels)
     return meta
@@ -762,16 +764,14 @@ def prepare(net, names: list[str], read, device: str) -> None:
     channel_statistics(z)
 
 
-def open_arrays(folder: Path, meta: dict, count: int, mode: str) -> dict[str, np.ndarray]:
-    """The arrays of a latents folder, as files: new ones ("w+"), or those that are there ("r+")."""
-    arrays = {}
+def make_arrays(folder: Path, meta: dict, count: int) -> None:
+    """The files of the arrays, full of zeros. A full disk is found now, by an error, and not by a signal later."""
     for name, (kind, shape) in arrays_of(meta, count).items():
-        path = folder / f"{name}.npy"
-        arrays[name] = np.lib.format.open_memmap(path, mode, kind, shape)
-        if mode == "w+" and hasattr(os, "posix_fallocate"):  # a full disk is found now, by an error, not by a signal
-            with open(path, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return arrays
+        with replacing(folder / f"{name}.npy") as temporary:
+            np.lib.format.open_memmap(temporary, "w+", kind, shape)
+            if hasattr(os, "posix_fallocate"):
+                with open(temporary, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
 
 
 def fill_arrays(path: Path, net, names: list[str], read, asked: Encode, meta: dict, arrays: dict) -> None:
@@ -1050,6 +1050,10 @@ class Distill(Train):
     preset: Literal["two_phase", "paper"] = "two_phase"  # schedule of the student's losses
     guidance: float = 1.0  # guidance scale of a teacher of labelled pictures; the student needs none
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(math.isfinite(self.guidance), f"guidance is a number, not {self.guidance}")
+
 
 def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
     """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32."""
@@ -1266,6 +1270,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     codec = Codec(past["codec"], device)
     batch = data.batch(device)
     require_room(folder / "student.pt", asked, plan)
+    toy_2d.clear_folder(folder, ())
 
     torch.manual_seed(asked.seed)  # initial weights of the critic
     teacher = place(scflow.load(path), device, asked.precision)
@@ -1327,7 +1332,7 @@ class Sample(Device):
     def __post_init__(self):
         super().__post_init__()
         require(min(self.steps) > 0, f"steps must be positive, not {min(self.steps)}")
-        good = self.file.endswith((".png", ".npz"))
+        good = Path(self.file).suffix in (".png", ".npz")
         require(good, f"--file must end in .png or .npz, not {self.file!r}")
 
 
@@ -1585,6 +1590,8 @@ def demo_command(argv) -> None:
     (given,) = cli(argv, demo_command.__doc__, Demo())
     demo = Demo(**given)
     latents = f"{demo.out}-latents"
+    free = demo.resume or demo.overwrite or not Path(demo.out).exists()
+    require(free, f"{demo.out} exists: give --resume to go on with it, or --overwrite")
     how = dict(device=choose_device(demo.device), resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
     # All settings are made, and so checked, before the first minute is spent.
     encoding = Encode(**how, size=32, batch=500, out=latents)

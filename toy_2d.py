@@ -538,9 +538,9 @@ def write_csv(path, rows: list[dict]) -> None:
 def read_json(path, *keys: str) -> dict:
     """The dictionary in a JSON file. Raises ValueError if it is damaged or lacks one of the keys."""
     with scflow.reading(path, "JSON file of this program"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         for key in keys:
-            content[key]
+            require(key in content, f"{path} holds no {key!r}: it is of another version, or damaged")
     return content
 
 
@@ -592,9 +592,9 @@ def read_config(folder, kind: str, *keys: str) -> dict:
     """The config.json of a folder. Raises ValueError unless it says that this is a `kind`, and has the keys."""
     file = Path(folder, "config.json")
     require(file.is_file(), f"{folder} is no {kind}: it holds no config.json")
-    config = read_json(file, "kind", *keys)
-    require(config["kind"] == kind, f"{folder} is no {kind}, but a {config['kind']}")
-    return config
+    found = read_json(file).get("kind")
+    require(found == kind, f"{folder} is no {kind}: its config.json says {found!r}")
+    return read_json(file, *keys)
 
 
 def clear_folder(folder: Path, patterns: tuple[str, ...]) -> None:
