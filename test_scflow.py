@@ -3675,6 +3675,31 @@ def test_a_training_that_is_killed_anywhere_resumes_bit_for_bit(name, album, tmp
     assert n > 12
 
 
+OVERWRITING = {
+    "encode": "encode --images pictures --labels labels.txt --size 32 --channels 4 --flips --out latents --overwrite",
+    "teacher": "teacher --latents latents --out run --overwrite --quiet",
+    "distill": "distill --out run --overwrite --quiet",
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_what_fails_in_its_first_update_has_overwritten_nothing(name, album, tmp_path, monkeypatch):
+    """As with a batch for which the memory is too small: the old files are as they were, and are used again."""
+    shutil.copytree(album, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "latents": "latents"}))
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(scflow, "lr_factor", full)
+    monkeypatch.setattr(PatchPCA, "encode", full)
+    assert faces(*OVERWRITING[name].split()) == 2
+    assert contents(tmp_path) == before
+
+
 @posix
 def test_a_run_that_is_killed_while_it_overwrites_can_be_overwritten(finished, tmp_path, monkeypatch):
     """Measures are there only beside all the files they belong to: the old ones, or the new ones."""
@@ -3848,16 +3873,20 @@ def test_random_damage_is_refused_or_harmless(name, finished, album, tmp_path):
 # ═══ Files 3: how a program ends ════════════════════════════════════════════════════════════
 
 
-@pytest.mark.parametrize("command", ["--help", "plot --out nowhere"])
-def test_no_output_stream_ends_a_program(command):
-    """One that knows no σ, and one that is closed."""
-    program = [sys.executable, toy_2d.__file__, *command.split()]
-    expected = 0 if command == "--help" else 2
-    for encoding in ("ascii", "cp1252"):
-        done = subprocess.run(program, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
-        assert done.returncode == expected and b"Traceback" not in done.stderr
-    done = subprocess.run([*program, "--quiet"][:3], stderr=None, preexec_fn=lambda: os.close(2))
-    assert done.returncode == expected
+def test_a_terminal_that_knows_no_greek_is_no_error():
+    """In --help stand θ⁻ and δ."""
+    program = [sys.executable, toy_2d.__file__, "--help"]
+    done = subprocess.run(program, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr
+    assert b"\\u03b8" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_no_error(name, tmp_path, monkeypatch):
+    """With tables on the one, and progress bars on the other; Python puts None in its place."""
+    monkeypatch.setattr(sys, name, None)
+    assert toy(*SHORT_RUN, "--figures", "none", "--out", tmp_path / "run") == 0
+    assert toy(*SHORT_RUN, "--out", tmp_path / "run") == 2
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
