@@ -352,17 +352,22 @@ class Diffusers(nn.Module):
 
     def encode(self, pictures: Tensor) -> Tensor:
         """(B,3,S,S) → (B,C,h,w), the mode of the posterior."""
-        vae = self.vae[0].to(pictures.device)
-        out = vae.encode(2 * pictures - 1)
+        with self.fast(pictures.device):
+            out = self.vae[0].encode(2 * pictures - 1)
         if hasattr(out, "latent_dist"):
-            return out.latent_dist.mode()
-        return out.latents
+            return out.latent_dist.mode().float()
+        return out.latents.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) → (B,3,S,S)."""
-        vae = self.vae[0].to(latents.device)
-        pictures = vae.decode(latents).sample
-        return ((pictures + 1) / 2).clamp(0, 1)
+        with self.fast(latents.device):
+            pictures = self.vae[0].decode(latents).sample
+        return ((pictures.float() + 1) / 2).clamp(0, 1)
+
+    def fast(self, device: torch.device):
+        """A block in which the autoencoder is on the device, and computes in bf16 on CUDA."""
+        self.vae[0].to(device, memory_format=torch.channels_last)
+        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 # So that scflow.build finds them.
@@ -405,12 +410,12 @@ def picture_features(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return thumbs.cpu(), torch.cat(textures, 1).cpu()
 
 
-def features_of(pictures: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
-    """`picture_features` of many pictures (N,3,H,W), in batches."""
+def features_of(pictures: Tensor, device: str = "cpu", batch: int = 64) -> tuple[Tensor, Tensor]:
+    """`picture_features` of many pictures (N,3,H,W), computed on the device in batches."""
     thumbs = []
     textures = []
     for part in pictures.split(batch):
-        thumb, texture = picture_features(part)
+        thumb, texture = picture_features(part.to(device))
         thumbs.append(thumb)
         textures.append(texture)
     return torch.cat(thumbs), torch.cat(textures)
@@ -522,6 +527,8 @@ def choose_device(name: str) -> str:
         if torch.cuda.is_available():
             name = "cuda"
     toy_2d.check_device(name)
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)  # of several the one whose memory and name are asked for
     return name
 
 
@@ -1030,9 +1037,13 @@ class Train(Folder):
     seed: int = 0  # seed of weights, data and noise
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the networks' passes; auto: bf16 on CUDA
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
-    save_every: int = 500  # updates between checkpoints
+    save_every: float = 10.0  # minutes between checkpoints
     sheet_every: int = 2000  # updates between sheets of samples
     trust_autoencoder: str = ""  # name of a diffusers autoencoder that may be fetched from a hub
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.save_every >= 0, f"save_every must not be negative, and is {self.save_every}")
 
 
 @dataclass(frozen=True)
@@ -1056,13 +1067,14 @@ class Distill(Train):
 
 
 def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
-    """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32."""
+    """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32.
+
+    Whoever trains, samples or measures places networks so. On CUDA, what is left in float32 uses TF32.
+    """
     cuda = device.startswith("cuda")
-    torch.set_float32_matmul_precision("high" if cuda else "highest")  # on CUDA, TF32 for what is left in float32
+    torch.set_float32_matmul_precision("high" if cuda else "highest")
     if precision == "bf16" or (precision == "auto" and cuda):
         net.precision = torch.bfloat16
-    if cuda and isinstance(net, scflow.LatentCritic):
-        return net.to(device, memory_format=torch.channels_last)
     return net.to(device)
 
 
@@ -1075,6 +1087,8 @@ def compile_in_place(net: nn.Module) -> None:
     """Compile a network. Its weights keep their names."""
     # A graph for every batch size, with and without gradients: more than the 8 after which it gives up.
     torch._dynamo.config.cache_size_limit = 64
+    if isinstance(net, scflow.LatentCritic) and next(net.parameters()).is_cuda:
+        net.to(memory_format=torch.channels_last)  # of convolutions; not compiled, it would gain nothing
     for part in getattr(net, "blocks", [net]):  # the blocks of a DiT share their graphs: a twelfth of the wait
         part.compile(dynamic=False)
 
@@ -1122,6 +1136,7 @@ class RunFile:
         done = self.state["step"] if self.state else 0
         images = 0  # since the clock was started
         clock = time.perf_counter()
+        saved = clock
         bar = tqdm(total=total, initial=done, desc=self.kind, disable=self.asked.quiet, mininterval=0.2)
         with ctrl_c_waits() as pressed, bar:
             for run in loop:
@@ -1138,8 +1153,10 @@ class RunFile:
                 bar.update()
                 pause = time.perf_counter()
                 yield run
-                if pressed.is_set() or run.step % self.asked.save_every == 0 or run.step == total:
+                due = time.perf_counter() - saved >= 60 * self.asked.save_every
+                if pressed.is_set() or due or run.step == total:
                     self.save(run, extra)
+                    saved = time.perf_counter()
                 clock += time.perf_counter() - pause  # drawing and saving are not training
                 if pressed.is_set():
                     raise Stopped
@@ -1391,7 +1408,7 @@ def load_run(path, device: str) -> tuple[nn.Module, Codec]:
     with reading(path, "checkpoint of celeba_latent.py"):
         content = scflow.read(path)
         require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
-        net = scflow.load(path, device=device)
+        net = place(scflow.load(path), device)
         net.attributes = content.get("attributes", [])
         return net, Codec(content["codec"], device)
 
@@ -1441,7 +1458,7 @@ def evaluate(asked: Evaluate) -> None:
     measure = PictureMeasure(*data.originals(data.held_out))
     floor, some = floor_of(measure, data, n, generator)
     decoded = codec.decode(data.normalised(some))
-    rows = [{"who": "autoencoder", **measure(*features_of(decoded))}]
+    rows = [{"who": "autoencoder", **measure(*features_of(decoded, device))}]
 
     noise = torch.randn(n, *data.shape, generator=generator)
     cond = None
@@ -1459,7 +1476,7 @@ def evaluate(asked: Evaluate) -> None:
         one_step = generate(net, noise, 1, codec, cond=cond)
         for steps in counts:
             pictures = one_step if steps == 1 else generate(net, noise, steps, codec, cond=cond)
-            features = features_of(pictures)
+            features = features_of(pictures, device)
             distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
             gap = toy_2d.rms_distance(pictures / 255, one_step / 255)
             row = {"who": who, "nfe": 2 * steps if "guided" in who else steps, **measure(*features)}

@@ -2408,6 +2408,19 @@ def test_thumbnails_are_means_of_pixels():
     assert torch.equal(again, thumbs)
 
 
+def test_features_are_computed_on_the_device_in_small_batches(monkeypatch):
+    """On a device without memory one sees where each batch went."""
+    seen = []
+
+    def spy(pictures):
+        seen.append((pictures.device.type, len(pictures)))
+        return torch.zeros(len(pictures), 1), torch.zeros(len(pictures), 1)
+
+    monkeypatch.setattr(celeba_latent, "picture_features", spy)
+    celeba_latent.features_of(torch.zeros(150, 3, 8, 8).byte(), "meta")
+    assert seen == [("meta", 64), ("meta", 64), ("meta", 22)]
+
+
 def test_textures_feel_a_pattern_that_thumbnails_do_not():
     """A fine chequered board has the thumbnail of even grey, and a texture of its own (30% of the grey's norm)."""
     square = torch.tensor([[200, 60], [60, 200]], dtype=torch.uint8)
@@ -3041,6 +3054,26 @@ def test_presets_run_in_both_precisions(preset, precision, album, tmp_path, monk
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
+def test_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
+    """Every two minutes at updates of half a minute; the sheet after an update counts as well, and so does the end."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(celeba_latent, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    saved = []
+    monkeypatch.setattr(celeba_latent.RunFile, "save", lambda file, run, extra: saved.append(run.step))
+
+    def loop():
+        for step in range(1, 12):
+            clock.now += 30
+            yield SimpleNamespace(step=step, losses={}, phase=SimpleNamespace(batch=8))
+
+    asked = celeba_latent.Train(quiet=True, save_every=2)
+    file = celeba_latent.RunFile(tmp_path, "student", asked, "cpu", start=lambda: None)
+    for run in file.follow(loop(), total=11):
+        if run.step == 5:
+            clock.now += 60
+    assert saved == [4, 6, 10, 11]
+
+
 def test_the_log_counts_images_per_second_of_training(tmp_path, monkeypatch):
     """An update of 8 pictures takes half a second here: 16 a second. The pause after it, for a sheet, is left out."""
     clock = SimpleNamespace(now=0.0)
@@ -3076,6 +3109,14 @@ def lively(album, tmp_path, monkeypatch):
     net = scramble(scflow.load("lively.pt").requires_grad_(False))
     edit("lively.pt", weights=net.state_dict())
     return Path("lively.pt")
+
+
+def test_sampling_places_networks_as_training_does(lively, monkeypatch):
+    """On a device that is fast in bf16 they compute so; here the rule is asked, not the device."""
+    asked = []
+    monkeypatch.setattr(celeba_latent, "place", lambda net, device: asked.append(device) or net)
+    samples(lively)
+    assert asked == ["cpu"]
 
 
 def test_samples_are_decoded_steps_of_the_network(lively):
@@ -3658,21 +3699,21 @@ def test_an_encoding_that_is_killed_anywhere_resumes_bit_for_bit(album, tmp_path
 @posix
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_a_training_that_is_killed_anywhere_resumes_bit_for_bit(name, album, tmp_path):
-    """Weights, averages, optimisers, random numbers and log: as if the run had never been killed."""
-    command = ["teacher", "--latents", album / "latents", *TEACH, "--save-every", 5]
+    """Weights, averages, optimisers, random numbers and log: as if the run had never been killed.
+
+    It saves after every update. Killed are the start and the first two saves at each of their changes, then some.
+    """
+    command = ["teacher", "--latents", album / "latents", *TEACH, "--save-every", 0]
     if name == "student":
-        command = ["distill", *DISTIL, "--save-every", 5]
-    for n in itertools.count(1):
+        command = ["distill", *DISTIL, "--save-every", 0]
+    for n in [*range(1, 13), 30, 55]:
         out = tmp_path / str(n)
         if name == "student":
             taught(album, out)
-        more = killed(n, celeba_latent.main, *command, "--out", out)
+        assert killed(n, celeba_latent.main, *command, "--out", out)
         assert finish(command, out) == 0
         assert same_run(out, album, name)
         assert not list(out.glob(f"{scflow.UNFINISHED}*"))
-        if not more:
-            break
-    assert n > 12
 
 
 OVERWRITING = {

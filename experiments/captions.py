@@ -646,7 +646,7 @@ class Captions(celeba_latent.Folder):
     preset: Literal["auto", "cpu", "gpu"] = "auto"  # size and length of the training; auto: gpu on CUDA
     guidance: float = 2.0  # guidance scale of the teacher that is distilled
     samples: int = 1000  # pictures that are read and compared; a quarter as many of held-out combinations
-    save_every: int = 500  # updates between checkpoints
+    save_every: float = 10.0  # minutes between checkpoints
     out: str = "runs/captions"  # folder of the run folders, and of captions.md and captions.csv
 
     def __post_init__(self):
