@@ -1286,7 +1286,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     TRUSTED.add(asked.trust_autoencoder)
     codec = Codec(past["codec"], device)
     batch = data.batch(device)
-    require_room(folder / "student.pt", asked, plan)
+    require_no_other(folder / "student.pt", asked, plan)
     toy_2d.clear_folder(folder, ())
 
     torch.manual_seed(asked.seed)  # initial weights of the critic
@@ -1318,7 +1318,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     print(f"{folder}/student.pt and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
 
-def require_room(student: Path, asked: Distill, plan: dict) -> None:
+def require_no_other(student: Path, asked: Distill, plan: dict) -> None:
     """Raise ValueError if a student is already there that is neither to be gone on with nor to be overwritten."""
     if not student.exists():
         return
@@ -1607,8 +1607,8 @@ def demo_command(argv) -> None:
     (given,) = cli(argv, demo_command.__doc__, Demo())
     demo = Demo(**given)
     latents = f"{demo.out}-latents"
-    free = demo.resume or demo.overwrite or not Path(demo.out).exists()
-    require(free, f"{demo.out} exists: give --resume to go on with it, or --overwrite")
+    if not demo.resume:
+        toy_2d.require_room(Path(demo.out), demo.overwrite, RUN)
     how = dict(device=choose_device(demo.device), resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
     # All settings are made, and so checked, before the first minute is spent.
     encoding = Encode(**how, size=32, batch=500, out=latents)

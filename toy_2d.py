@@ -555,9 +555,7 @@ def open_folder(out: str, name: str, overwrite: bool, kind: str):
         folder = new_folder(out, name)
     except FileExistsError:
         folder = Path(out)
-        require(overwrite, f"{folder} exists: give --overwrite to start afresh in it")
-        if not folder.is_dir() or not is_empty(folder):
-            read_config(folder, kind)
+        require_room(folder, overwrite, kind)
     try:
         yield folder
     except BaseException:
@@ -583,9 +581,16 @@ def new_folder(out: str, name: str) -> Path:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
 
+def require_room(folder: Path, overwrite: bool, kind: str) -> None:
+    """Raise ValueError if there is a folder, unless it may be overwritten and is empty or holds a `kind`."""
+    require(overwrite or not folder.exists(), f"{folder} exists: give --overwrite to start afresh in it")
+    if folder.exists() and not is_empty(folder):
+        read_config(folder, kind)
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a killed program left."""
-    return all(file.name.startswith(scflow.UNFINISHED) for file in folder.iterdir())
+    return folder.is_dir() and all(file.name.startswith(scflow.UNFINISHED) for file in folder.iterdir())
 
 
 def read_config(folder, kind: str, *keys: str) -> dict:

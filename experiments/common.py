@@ -64,9 +64,10 @@ def fingerprint(*settings) -> str:
 
 
 def require_distinct(settings, *names: str) -> None:
-    """Raise ValueError if a setting of several values names one twice: it would be counted twice."""
+    """Raise ValueError if a setting of several values names one twice, which would be counted twice, or a bad seed."""
     for name in names:
         values = getattr(settings, name)
+        require(name != "seeds" or min(values) >= 0, f"seeds must not be negative: {values}")
         require(len(set(values)) == len(values), f"--{name.replace('_', '-')} names one twice")
 
 

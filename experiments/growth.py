@@ -226,7 +226,7 @@ class Growth:
 
     def __post_init__(self):
         common.require_distinct(self, "seeds")
-        require(self.share >= 0.001, f"share must be at least 0.001, not {self.share}")
+        require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
         require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
         least = 2 * max(case["modes"] for case in all_cases())  # the distance takes two points of a mode
         require(self.samples >= least, f"samples must be at least {least}, not {self.samples}")

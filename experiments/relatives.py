@@ -637,7 +637,8 @@ class Relatives:
         for method in self.methods:
             known = method == "all" or method in METHODS
             require(known, f"no method {method!r}: there are {'; '.join(METHODS)}")
-        require(min(self.shares) >= 0.001, f"shares must be at least 0.001, not {min(self.shares)}")
+        for share in self.shares:
+            require(0.001 <= share <= 1000, f"shares lie between 0.001 and 1000, and one is {share}")
         for name, least in {"samples": 50, "rounds": 1, "workers": 1}.items():
             value = getattr(self, name)
             require(value >= least, f"{name} must be at least {least}, not {value}")
