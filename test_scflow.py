@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import celeba_latent
 import scflow
@@ -1000,6 +1001,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
         take(loop)
     assert run.step == 2
     run.state_dict()  # it would refuse spoiled weights
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a number of a tensor is asked for, for which a GPU would have to finish its work."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["paper", "two_phase"])
+def test_an_update_waits_for_no_number(name, monkeypatch):
+    """Losses are looked at by `check_finite` alone, on a GPU at every fiftieth update. Left out, nothing is read."""
+    schedule = scflow.rescale(scflow.SCHEDULES[name], 6)
+    if name == "paper":
+        schedule = (replace(schedule[0], adversarial="softplus", r1=1.0),)
+    loop = distill(mlp(), point_critic(), batch, gen(), schedule)
+    with HostReads() as reads:
+        take(loop, 1)
+    assert reads.count > 0
+    monkeypatch.setattr(scflow.Run, "check_finite", lambda run: None)
+    with HostReads() as reads:
+        take(loop)
+    assert reads.count == 0
 
 
 def test_weights_that_are_not_finite_are_never_saved():
@@ -3012,6 +3041,14 @@ def test_compiled_training_saves_the_same_plain_weights(album, tmp_path, compile
     assert faces("distill", "--out", run, *DISTIL, "--compile", "yes") == 0
     assert kinds_of(compiled) == ["Block"] * 4 + ["LatentCritic"]
     assert same_run(run, album, "student")
+
+
+@pytest.mark.parametrize("net", [dit(), latent_critic()], ids=["DiT", "LatentCritic"])
+def test_a_compiled_network_is_one_graph(net):
+    """Without a break, at which the processor would take over."""
+    x = torch.randn(3, *LATENT)
+    inputs = (x,) if isinstance(net, LatentCritic) else (x, torch.rand(3))
+    assert torch._dynamo.explain(net)(*inputs).graph_break_count == 0
 
 
 def test_a_critic_with_r1_is_not_compiled(album, tmp_path, compiled):
