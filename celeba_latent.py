@@ -46,74 +46,65 @@ from scflow import Phase, Refused, TeacherSettings, check_choices, reading, repl
 from toy_2d import cli, write_csv, write_text
 
 # ═══ 1. Drawn faces ═══════════════════════════════════════════════════════════════════════
-# A world of pictures without a download. Every face comes from 34 numbers, uniform in [0,1),
-# so that no two are alike and none can be memorised.
+# A world of pictures without a download. Every face comes from 23 normal numbers, so that no two are
+# alike and none can be memorised. It is made to be learned in minutes: colours are linear in these
+# numbers, the pose is fixed, and all edges are soft, so that a moved edge is nearly a sum of pictures.
 
-TRAITS = {  # the range of each; draw_faces takes its numbers in this order
-    "ground_hue": (0.0, 1.0),
-    "ground_saturation": (0.1, 0.4),
-    "ground_value": (0.5, 0.95),
-    "light": (0.0, 2 * math.pi),  # the direction the background's light comes from
-    "scale": (1.12, 1.36),
-    "shift_x": (-0.1, 0.1),
-    "shift_y": (-0.08, 0.1),
-    "tilt": (-0.22, 0.22),
-    "turn": (-1.0, 1.0),
-    "tone": (0.0, 1.0),
-    "warmth": (-0.04, 0.04),
-    "hair_hue": (0.02, 0.13),
-    "hair_value": (0.1, 0.85),
-    "hair_length": (0.0, 1.0),
-    "hair_top": (0.0, 0.14),
-    "hair_sides": (0.04, 0.16),
-    "fringe": (0.36, 0.62),
-    "parting": (-0.17, 0.17),
-    "head_width": (0.40, 0.50),
-    "head_height": (0.54, 0.64),
-    "shirt_hue": (0.0, 1.0),
-    "shirt_value": (0.25, 0.9),
-    "shade": (-0.32, 0.32),
-    "eye_gap": (0.18, 0.22),
-    "eye_size": (0.095, 0.125),
-    "eye_opening": (0.6, 0.95),
-    "eye_hue": (0.05, 0.62),
-    "gaze": (-0.03, 0.03),
-    "brow_slant": (-0.3, 0.3),
-    "brow_height": (0.025, 0.05),
-    "smile": (-0.6, 1.2),
-    "mouth_width": (0.14, 0.22),
-    "lip_height": (0.035, 0.085),
-    "lip_red": (0.0, 1.0),
+TRAITS = {  # mean and deviation of each; draw_faces takes its numbers in this order
+    "ground_red": (0.68, 0.11),
+    "ground_green": (0.68, 0.11),
+    "ground_blue": (0.68, 0.11),
+    "light": (0.0, 0.1),  # how much brighter it is on the right
+    "shirt_red": (0.5, 0.15),
+    "shirt_green": (0.5, 0.15),
+    "shirt_blue": (0.5, 0.15),
+    "skin_tone": (0.42, 0.24),
+    "hair_tone": (0.4, 0.22),
+    "hair_red": (0.4, 0.25),
+    "hair_length": (0.5, 0.25),
+    "hair_width": (0.64, 0.03),
+    "fringe": (-0.32, 0.05),
+    "parting": (0.0, 0.18),
+    "turn": (0.0, 0.02),
+    "eye_tone": (0.5, 0.35),
+    "eye_size": (0.13, 0.01),
+    "gaze": (0.0, 0.02),
+    "brow_height": (0.24, 0.02),
+    "brow_slant": (0.0, 0.15),
+    "smile": (0.5, 0.6),
+    "mouth_width": (0.21, 0.025),
+    "lip_tone": (0.5, 0.3),
 }
 
 
 def read_traits(numbers: Tensor) -> SimpleNamespace:
-    """Numbers in [0,1), (B,34) → the traits as attributes, (B,1,1) each."""
+    """Normal numbers (B,23) → the traits as attributes, (B,1,1) each."""
     traits = SimpleNamespace()
     for name, column in zip(TRAITS, numbers.T):
-        low, high = TRAITS[name]
-        value = low + (high - low) * column
+        mean, deviation = TRAITS[name]
+        value = mean + deviation * column
         setattr(traits, name, value[:, None, None])
     return traits
 
 
-def ellipse(x, y, cx, cy, rx, ry, edge) -> Tensor:
-    """How much of each pixel (B,S,S) an ellipse covers: 1 inside, 0 outside, with an `edge` wide ramp between."""
-    u = (x - cx) / rx
-    v = (y - cy) / ry
-    radius = (u**2 + v**2).sqrt()
+def inside(distance: Tensor, edge: float = 0.12) -> Tensor:
+    """A mask of distances to a border: 1 where they are negative, 0 outside, and a smooth ramp of width `edge`."""
+    ramp = (0.5 - distance / edge).clamp(0, 1)
+    return ramp**2 * (3 - 2 * ramp)
+
+
+def ellipse(x, y, rx, ry, edge: float = 0.12) -> Tensor:
+    """The mask (B,S,S) of an ellipse around x = y = 0."""
+    radius = ((x / rx) ** 2 + (y / ry) ** 2).sqrt()
     shorter = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
-    return (0.5 - (radius - 1) * shorter / edge).clamp(0, 1)
+    return inside((radius - 1) * shorter, edge)
 
 
-def colour(hue: Tensor, saturation, value) -> Tensor:
-    """HSV, (B,1,1) or numbers, each in [0,1], as RGB (B,3,1,1)."""
-    channels = []
-    for offset in (5, 3, 1):  # red, green, blue
-        k = (offset + 6 * hue) % 6
-        k = torch.minimum(k, 4 - k).clamp(0, 1)
-        channels.append(value * (1 - saturation * k))
-    return torch.stack(channels, 1)
+def blend(share: Tensor, first: tuple, second: tuple) -> Tensor:
+    """The colour (B,3,1,1) between two RGB triples: the first at a share (B,1,1) of 0, the second at 1."""
+    first = torch.tensor(first)[:, None, None]
+    second = torch.tensor(second)[:, None, None]
+    return first + share[:, None] * (second - first)
 
 
 def paint(picture: Tensor, mask: Tensor, rgb) -> Tensor:
@@ -121,76 +112,51 @@ def paint(picture: Tensor, mask: Tensor, rgb) -> Tensor:
     return picture + mask[:, None] * (rgb - picture)
 
 
-def draw_faces(traits: Tensor, size: int = 32) -> Tensor:
-    """Numbers in [0,1), (B,34), one for each of TRAITS → faces, RGB (B,3,size,size) in [0,1]."""
-    face = read_traits(traits)
+def draw_faces(numbers: Tensor, size: int = 32) -> Tensor:
+    """Normal numbers (B,23), one for each of TRAITS → faces, RGB (B,3,size,size) in [0,1]."""
+    face = read_traits(numbers)
     pixels = (torch.arange(size) + 0.5) / size * 2 - 1  # centres of the pixels, in [-1,1]
-    across = pixels[None, None, :]
-    down = pixels[None, :, None]
+    x = pixels[None, None, :]
+    y = pixels[None, :, None]  # downwards
 
-    # All is painted from back to front, the background first.
-    ground = colour(face.ground_hue, face.ground_saturation, face.ground_value)
-    light = across * face.light.cos() + down * face.light.sin()
-    picture = ground * (1 + 0.25 * light)[:, None]
+    ground = torch.stack([face.ground_red, face.ground_green, face.ground_blue], 1)
+    shirt = torch.stack([face.shirt_red, face.shirt_green, face.shirt_blue], 1)
+    skin = blend(face.skin_tone, (1.0, 0.83, 0.71), (0.4, 0.25, 0.16))
+    red = blend(face.hair_red, (0.0, 0.0, 0.0), (0.22, 0.0, -0.06))
+    hair = blend(face.hair_tone, (0.06, 0.05, 0.06), (0.8, 0.6, 0.38)) + red
+    iris = blend(face.eye_tone, (0.35, 0.22, 0.12), (0.2, 0.42, 0.65))
+    lips = blend(face.lip_tone, (0.75, 0.45, 0.4), (0.8, 0.15, 0.2)) * (1 - 0.35 * face.skin_tone)[:, None]
 
-    # Pose: x and y are the head's own coordinates.
-    u = (across - face.shift_x) / face.scale
-    v = (down - face.shift_y) / face.scale
-    x = face.tilt.cos() * u + face.tilt.sin() * v
-    y = face.tilt.cos() * v - face.tilt.sin() * u
-    middle = 0.13 * face.turn  # of eyes and mouth
-    edge = 3.2 / size / face.scale
+    # All is painted from back to front: the background, the shoulders, the hair, the neck.
+    light = (face.light * x)[:, None]
+    picture = ground + light
+    picture = paint(picture, ellipse(x, y - 1.25, 0.85, 0.5), shirt)
+    crown = ellipse(x, y + 0.12, face.hair_width, 0.8)
+    beside = inside(x.abs() - face.hair_width) * inside(-0.12 - y)
+    falling = beside * inside(y - face.hair_length, edge=0.4)  # thinner towards its ends
+    picture = paint(picture, torch.maximum(crown, falling), hair)
+    picture = paint(picture, ellipse(x, y - 0.75, 0.22, 0.45), 0.8 * skin)
 
-    dark = 0.55 * face.tone
-    blue = 0.68 - 0.52 * face.tone + face.warmth
-    skin = torch.stack([0.95 - dark, 0.80 - dark, blue], 1)
-    hair = colour(face.hair_hue, 0.75 - 0.35 * face.hair_value, face.hair_value)
-    shirt = colour(face.shirt_hue, 0.5, face.shirt_value)
+    # The face ends at the hairline. So hair is painted once, in one colour.
+    head = ellipse(x, y - 0.05, 0.49, 0.68)
+    hairline = face.fringe + face.parting * x + 0.5 * x**2
+    picture = paint(picture, head * inside(hairline - y), skin + 0.6 * light)
 
-    # Shoulders, and the hair behind the head.
-    shoulders = ellipse(across, down, face.shift_x, 1.25 + face.shift_y, 0.85, 0.5, edge)
-    picture = paint(picture, shoulders, shirt)
-    hair_width = face.head_width + face.hair_sides
-    crown = ellipse(x, y, 0, -0.12, hair_width, face.head_height + face.hair_top, edge)
-    picture = paint(picture, crown, hair)
-    fall = 0.45 * face.hair_length
-    falling = ellipse(x, y, 0, 0.1 + fall, hair_width + 0.05 * face.hair_length, 0.25 + fall, edge)
-    falling = falling * (4 * face.hair_length - 0.6).clamp(0, 1)  # short hair does not fall
-    picture = paint(picture, falling, hair)
-
-    # Neck, head, and the hair before the forehead.
-    neck = ellipse(x, y, 0, 0.62, 0.2, 0.4, edge)
-    picture = paint(picture, neck, 0.82 * skin)
-    head = ellipse(x, y, 0, 0, face.head_width, face.head_height, edge)
-    shade = 1 + face.shade * x - 0.1 * y
-    picture = paint(picture, head, skin * shade[:, None])
-    hairline = face.parting * x + 0.5 * x**2 - 1.15 * face.fringe * face.head_height
-    front = crown * (0.5 + (hairline - y) / edge).clamp(0, 1)
-    picture = paint(picture, front, 0.92 * hair)
-
-    # Eyes, and a brow over each.
-    iris_colour = colour(face.eye_hue, 0.55, 0.38)
-    iris_size = 0.62 * face.eye_size
-    cy = torch.tensor(-0.08)  # single precision, as all the rest
+    # Eyes, a brow over each, nose and mouth move together where the head turns. Small things have finer edges.
+    x = x - face.turn
+    fine = 0.07
     for side in (-1, 1):
-        cx = middle + side * face.eye_gap
-        white = ellipse(x, y, cx, cy, 1.25 * face.eye_size, face.eye_opening * face.eye_size, edge)
-        picture = paint(picture, white, 0.96)
-        iris = ellipse(x, y, cx + face.gaze, cy, iris_size, iris_size, edge)
-        picture = paint(picture, white * iris, iris_colour)
-        slope = side * face.brow_slant * (x - cx)
-        brow = ellipse(x, y, cx, cy - 0.19 + slope, 1.5 * face.eye_size, face.brow_height, edge)
-        picture = paint(picture, brow, 0.6 * hair)
-
-    # Nose and mouth.
-    nose = ellipse(x, y, 1.35 * middle, 0.1, 0.045, 0.13, edge)
-    picture = paint(picture, 0.55 * nose, 0.72 * skin)
-    red = face.lip_red
-    lips = torch.stack([0.55 + 0.3 * red, 0.18 + 0.15 * red, 0.2 + 0.17 * red], 1)
-    lips = lips * (1 - 0.35 * face.tone)[:, None]
-    bend = 0.33 + 0.9 * face.smile * (0.02 - (x - middle) ** 2)
-    mouth = ellipse(x, y - bend, middle, 0, face.mouth_width, face.lip_height, edge)
-    picture = paint(picture, mouth, lips)
+        across = x - 0.23 * side
+        down = y + 0.02
+        white = ellipse(across, down, 1.2 * face.eye_size, 0.8 * face.eye_size, fine)
+        picture = paint(picture, white, 0.95)
+        picture = paint(picture, white * ellipse(across - face.gaze, down, 0.08, 0.08, fine), iris)
+        picture = paint(picture, white * ellipse(across - face.gaze, down, 0.035, 0.035, fine), 0.05)
+        slope = side * face.brow_slant * across
+        picture = paint(picture, ellipse(across, y + face.brow_height + slope, 0.16, 0.045, fine), 0.6 * hair)
+    picture = paint(picture, 0.5 * ellipse(x, y - 0.17, 0.06, 0.14), 0.7 * skin)
+    bend = 0.42 + face.smile * (0.02 - x**2)
+    picture = paint(picture, ellipse(x, y - bend, face.mouth_width, 0.07, fine), lips)
     return picture.clamp(0, 1)
 
 
@@ -237,6 +203,45 @@ class PatchPCA(nn.Module):
         patches = tokens @ self.basis.T + self.mean
         pictures = scflow.unpatchify(patches, self.factor, h * self.factor, w * self.factor)
         return pictures.clamp(0, 1)
+
+
+class PicturePCA(nn.Module):
+    """Principal components of whole pictures: without seams, for nothing is joined. Closed form, fitted in seconds.
+
+    They stand in one row, latents (B,1,1,channels), each divided by the fourth root of its variance. In the pixels' own
+    units the fine components would count for nothing; with unit variance they would count as much as the coarse ones.
+    """
+
+    def __init__(self, size: int = 64, channels: int = 96):
+        super().__init__()
+        self.arch = dict(name="PicturePCA", size=size, channels=channels)
+        self.factor = size
+        self.channels = channels
+        self.register_buffer("mean", torch.zeros(3 * size**2))
+        self.register_buffer("basis", torch.eye(3 * size**2, channels))
+        self.register_buffer("scale", torch.ones(channels))
+
+    def fit(self, pictures: Tensor) -> float:
+        """Set mean, basis and scale from (2,000 of the) pictures (N,3,S,S); returns the share of variance kept."""
+        flat = pictures[:2000].flatten(1)
+        self.mean = flat.mean(0)
+        x = flat - self.mean
+        values, vectors = torch.linalg.eigh(x @ x.T / len(x))  # the Gram matrix has the same; the largest come last
+        largest = values[-self.channels :]
+        self.basis = F.normalize(x.T @ vectors[:, -self.channels :], dim=0)  # (3·S²,channels)
+        self.scale = largest**0.25
+        return (largest.sum() / values.sum()).item()
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(B,3,S,S) → (B,1,1,channels)."""
+        row = (pictures.flatten(1) - self.mean) @ self.basis / self.scale
+        return row[:, None, None]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B,1,1,channels) → (B,3,S,S)."""
+        row = latents.flatten(1) * self.scale
+        flat = row @ self.basis.T + self.mean
+        return flat.reshape(-1, 3, self.factor, self.factor).clamp(0, 1)
 
 
 def conv3(a: int, b: int, **options) -> nn.Conv2d:
@@ -371,7 +376,8 @@ class Diffusers(nn.Module):
 
 
 # So that scflow.build finds them.
-scflow.NETWORKS.update(PatchPCA=PatchPCA, TinyAutoencoder=TinyAutoencoder, Diffusers=Diffusers)
+for kind in (PatchPCA, PicturePCA, TinyAutoencoder, Diffusers):
+    scflow.NETWORKS[kind.__name__] = kind
 
 
 def autoencoder(name: str, size: int, channels: int) -> nn.Module:
@@ -748,7 +754,7 @@ def prepare(net, names: list[str], read, device: str) -> None:
 
     This comes before old latents are deleted. Raises ValueError for fewer than 20 good pictures.
     """
-    fits = isinstance(net, PatchPCA) and net.factor > 1
+    fits = isinstance(net, (PatchPCA, PicturePCA)) and net.factor > 1
     wanted = 4096 if fits else 64
     shuffled = random.Random(0).sample(names, len(names))
     good = []
@@ -765,7 +771,7 @@ def prepare(net, names: list[str], read, device: str) -> None:
     x = torch.stack(good).float() / 255
     if fits:
         kept = net.fit(x)
-        print(f"{net.channels} components of a patch keep {kept:.1%} of the variance")
+        print(f"{net.channels} components keep {kept:.1%} of the variance")
     z = net.to(device).encode(x[:64].to(device)).half().cpu()
     require(z.isfinite().all(), "the autoencoder gives values that are not finite")
     channel_statistics(z)
@@ -974,7 +980,10 @@ SIZES = {
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
 }
+# For the demo, a plain perceptron: the components of a PicturePCA have no places, and so make no tokens.
+PERCEPTRON = dict(width=512, depth=3, x_frequencies=0)
 TEACHERS = {
+    "demo": TeacherSettings(teacher_steps=6000, teacher_batch=256, teacher_lr=2e-3),
     "small": TeacherSettings(teacher_steps=10000, teacher_batch=64, teacher_lr=1e-3),
     "S": TeacherSettings(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
     "B": TeacherSettings(teacher_steps=40000, teacher_batch=256, teacher_lr=2e-4),
@@ -1025,7 +1034,12 @@ LAST = Phase(
     pinned=0.25,
     judged=0.25,
 )
-SCHEDULES = {"paper": (PAPER,), "two_phase": (FIRST, LAST)}
+# The same for the demo's perceptron, with wide windows and accurate steps as in scflow.SCHEDULES.
+DEMO = (
+    replace(FIRST, steps=2800, batch=256, lr=2e-3, lambda_adv=0.0, delta=0.5, walk="heun-2"),
+    replace(LAST, steps=800, batch=256, lr=1e-3, pinned=0.5),
+)
+SCHEDULES = {"paper": (PAPER,), "two_phase": (FIRST, LAST), "demo": DEMO}
 
 
 @dataclass(frozen=True)
@@ -1050,7 +1064,7 @@ class Train(Folder):
 class Teach(Train):
     """Which teacher is trained, and where it goes."""
 
-    size: Literal["small", "S", "B"] = "small"  # network of the teacher, and so of the student
+    size: Literal["small", "S", "B", "demo"] = "small"  # network of the teacher, and so of the student
     patch: int = 2  # side of the DiT's patches, in latents
 
 
@@ -1058,7 +1072,7 @@ class Teach(Train):
 class Distill(Train):
     """What is distilled, and where it goes."""
 
-    preset: Literal["two_phase", "paper"] = "two_phase"  # schedule of the student's losses
+    preset: Literal["two_phase", "paper", "demo"] = "two_phase"  # schedule of the student's losses
     guidance: float = 1.0  # guidance scale of a teacher of labelled pictures; the student needs none
 
     def __post_init__(self):
@@ -1239,7 +1253,10 @@ def teach(asked: Teach, settings: TeacherSettings) -> None:
     TRUSTED.add(asked.trust_autoencoder)
     codec = Codec(data.meta, device)
     torch.manual_seed(asked.seed)  # initial weights
-    net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.size], tokens=data.tokens)
+    if asked.size == "demo":
+        net = scflow.MLP(data.shape, **PERCEPTRON, tokens=data.tokens)
+    else:
+        net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.size], tokens=data.tokens)
     net = place(net, device, asked.precision)
     batch = data.batch(device)
     config = {"latents": asked.latents, "codec": codec_hash(codec.content), **asdict(settings)}
@@ -1291,7 +1308,11 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
 
     torch.manual_seed(asked.seed)  # initial weights of the critic
     teacher = place(scflow.load(path), device, asked.precision)
-    critic = place(scflow.LatentCritic(data.shape, tokens=data.tokens), device, asked.precision)
+    if isinstance(teacher, scflow.MLP):  # there are no places to convolve over
+        critic = scflow.PointCritic(math.prod(data.shape), 128, tokens=data.tokens)
+    else:
+        critic = scflow.LatentCritic(data.shape, tokens=data.tokens)
+    critic = place(critic, device, asked.precision)
     velocity = teacher
     if asked.guidance != 1:
         velocity = scflow.guided(teacher, asked.guidance)
@@ -1579,11 +1600,11 @@ def inception_fid(pictures: Tensor, data: Latents, images) -> float:
 class Demo(Folder):
     """Faces that the program draws, from pictures to a one-step generator; a CPU will do."""
 
-    drawings: int = 24000  # drawings, a tenth of which is held out
+    drawings: int = 20000  # drawings, a tenth of which is held out
     seed: int = 0  # seed of the networks (the drawings are always the same)
     count: int = 5000  # samples that are measured
-    teacher_steps: int = 1000  # updates of the teacher
-    student_steps: int = 800  # updates of the student
+    teacher_steps: int = 6000  # updates of the teacher
+    student_steps: int = 3600  # updates of the student
     out: str = "runs/demo"  # run folder; the latents go beside it, into OUT-latents
 
     def __post_init__(self):
@@ -1595,10 +1616,13 @@ class Demo(Folder):
 
 
 def draw_batch(names: list[str]) -> list[Tensor]:
-    """Drawings uint8 (3,32,32) by their numbers; the first number of a batch seeds it."""
+    """Drawings uint8 (3,64,64) by their numbers; the first number of a batch seeds it."""
     generator = torch.Generator().manual_seed(int(names[0]))
-    traits = torch.rand(len(names), len(TRAITS), generator=generator)
-    return list((255 * draw_faces(traits)).round().byte())
+    numbers = torch.randn(len(names), len(TRAITS), generator=generator)
+    parts = []
+    for some in numbers.split(50):  # few at a time, as fast memory holds them
+        parts.append((255 * draw_faces(some, 64)).round().byte())
+    return list(torch.cat(parts))
 
 
 def demo_command(argv) -> None:
@@ -1611,21 +1635,23 @@ def demo_command(argv) -> None:
         toy_2d.require_room(Path(demo.out), demo.overwrite, RUN)
     how = dict(device=choose_device(demo.device), resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
     # All settings are made, and so checked, before the first minute is spent.
-    encoding = Encode(**how, size=32, batch=500, out=latents)
+    encoding = Encode(**how, size=64, batch=500, out=latents)
     measuring = Evaluate(device=how["device"], out=demo.out, seed=demo.seed, count=demo.count)
-    schedule = scflow.rescale(SCHEDULES["two_phase"], demo.student_steps)
-    settings = replace(TEACHERS["small"], teacher_steps=demo.teacher_steps)
+    schedule = scflow.rescale(SCHEDULES["demo"], demo.student_steps)
+    settings = replace(TEACHERS["demo"], teacher_steps=demo.teacher_steps)
     if not Path(demo.out).exists():  # it was stopped while it encoded
         how["resume"] = False
-    teaching = Teach(**how, latents=latents, out=demo.out, seed=demo.seed, patch=1)
-    distilling = Distill(**how, out=demo.out, seed=demo.seed)
+    teaching = Teach(**how, latents=latents, out=demo.out, seed=demo.seed, size="demo")
+    distilling = Distill(**how, out=demo.out, seed=demo.seed, preset="demo")
 
     names = [str(i) for i in range(demo.drawings)]
-    write_latents(PatchPCA(16, 64), names, draw_batch, encoding, {"drawings": demo.drawings})
+    write_latents(PicturePCA(64, 96), names, draw_batch, encoding, {"drawings": demo.drawings})
     teach(teaching, settings)
     distil(distilling, schedule)
     evaluate(measuring)
-    print(f"{time.perf_counter() - clock:.0f} s; samples: {Path(demo.out, 'student.png')}")
+    print("How to read it: layout and texture are distances to held-out drawings, best at 0, where new drawings are.")
+    print("The student's one step should be as near as its teacher's 50, and cover as much.")
+    print(f"{time.perf_counter() - clock:.0f} s; the samples, one noise a row: {Path(demo.out, 'student.png')}")
 
 
 COMMANDS = {

@@ -804,11 +804,16 @@ def refuse(cond: Tensor | None) -> None:
 
 
 class MLP(nn.Module):
-    """Velocity of points (B,dim): a plain perceptron on Fourier features of x and t."""
+    """Velocity of points (B,dim): a plain perceptron on Fourier features of x and t.
+
+    For points of another shape, such as latents (B,C,H,W) whose places mean nothing, `dim` is that shape (C,H,W).
+    """
 
     def __init__(self, dim=2, width=128, depth=3, x_frequencies=3, t_frequencies=4, tokens=None):
         super().__init__()
-        self.arch = dict(name="MLP", dim=dim, width=width, depth=depth, tokens=tokens)
+        self.shape = (dim,) if isinstance(dim, int) else tuple(dim)
+        dim = math.prod(self.shape)
+        self.arch = dict(name="MLP", dim=list(self.shape), width=width, depth=depth, tokens=tokens)
         self.arch.update(x_frequencies=x_frequencies, t_frequencies=t_frequencies)
         # Frequencies π/4·(1, 2, …) suit data of unit size: without them sharp edges are learned slowly.
         self.register_buffer("x_freqs", math.pi / 4 * 2.0 ** torch.arange(x_frequencies), persistent=False)
@@ -826,18 +831,23 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity (B,dim) at points (B,dim) and times (B,)."""
-        a = (x[..., None] * self.x_freqs).flatten(1)  # (B, dim·x_frequencies)
+        point = x.flatten(1)
+        a = (point[..., None] * self.x_freqs).flatten(1)  # (B, dim·x_frequencies)
         b = t[:, None] * self.t_freqs  # (B, t_frequencies)
-        features = [x, a.sin(), a.cos(), b.sin(), b.cos()]
+        features = [point, a.sin(), a.cos(), b.sin(), b.cos()]
         if self.words is None:
             refuse(cond)
         else:
             features.append(self.words(cond, x).sum(1))
-        return self.layers(torch.cat(features, 1))
+        v = self.layers(torch.cat(features, 1))
+        return v.reshape(x.shape)
 
 
 class PointCritic(nn.Module):
-    """Critic of points (B,dim): a plain perceptron. The kinks of leaky ReLU follow the edges of the data."""
+    """Critic of points (B,dim), or of another shape with as many numbers: a plain perceptron.
+
+    The kinks of leaky ReLU follow the edges of the data.
+    """
 
     def __init__(self, dim=2, width=64, depth=3, tokens=None):
         super().__init__()
@@ -852,7 +862,7 @@ class PointCritic(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Logits (B,), large for data."""
-        features = self.hidden(x)
+        features = self.hidden(x.flatten(1))
         return self.head(features)[:, 0] + projection(self.words, features, cond)
 
 
