@@ -31,7 +31,7 @@ from torch import nn
 import celeba_latent
 import scflow
 import toy_2d
-from experiments import ablation, captions, common, growth, guidance, relatives, speed
+from experiments import ablation, captions, common, growth, guidance, relatives, speed, tell_apart
 from scflow import Phase, TeacherSettings
 from toy_2d import EnergyDistance
 
@@ -992,12 +992,44 @@ def test_a_notebook_is_its_source_executed(name):
     assert file.stat().st_size < 1_000_000
 
 
+# ═══ tell_apart.py ══════════════════════════════════════════════════════════════════════════
+
+
+def test_a_classifier_tells_what_differs_and_guesses_what_does_not():
+    """Pictures of noise: those with a brighter corner are told apart, and others of the same kind are not."""
+    noise = torch.randint(100, (600, 3, 16, 16), generator=gen()).byte()
+    bright = noise[:300].clone()
+    bright[:, :, :4, :4] += 100
+    assert tell_apart.tell_apart(noise[300:], bright, updates=40) > 0.95
+    assert abs(tell_apart.tell_apart(noise[:300], noise[300:], updates=40) - 0.5) < 0.15
+
+
+def test_new_drawings_are_not_those_of_the_demo():
+    """Batches with other numbers are other drawings."""
+    new = tell_apart.drawings(600, 0)
+    assert new.shape == (600, 3, 64, 64)
+    assert not torch.equal(new[:500], torch.stack(celeba_latent.draw_batch(["0"] * 500)))
+    assert not torch.equal(new[:100], new[500:])
+
+
+def test_the_table_has_a_row_for_each_network(here, monkeypatch, capsys):
+    """From a short run of the demo; a folder that holds none is refused."""
+    assert "nowhere" in refused(capsys, tell_apart, "--runs", "nowhere")
+    short = "--drawings 2000 --count 1000 --teacher-steps 2 --student-steps 2 --quiet".split()
+    assert run(celeba_latent, "demo", *short, "--out", "demo") == 0
+    monkeypatch.setattr(tell_apart, "tell_apart", lambda real, fake: len(fake) / 1000)
+    assert run(tell_apart, "--runs", "demo", "demo", "--samples", 100, "--out", "told") == 0
+    table = read("told.md")
+    for who in ("drawings", "teacher, 50 steps", "student, 1 step", "student, 4 steps"):
+        assert f"| {who} | 10.0 ± 0.0 | 10.0, 10.0 |" in table
+
+
 # ═══ The documents ══════════════════════════════════════════════════════════════════════════
 
 README = read(HOUSE / "README.md")
 DOCUMENTS = [HOUSE / "README.md", HOUSE / "experiments/README.md", *sorted(HOUSE.glob("docs/*.md"))]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-EXPERIMENTS = (ablation, captions, growth, guidance, relatives, speed)
+EXPERIMENTS = (ablation, captions, growth, guidance, relatives, speed, tell_apart)
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
 PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
 FIRST_STEPS = {  # where each program begins with its first run
@@ -1007,6 +1039,7 @@ FIRST_STEPS = {  # where each program begins with its first run
     "cost_table": relatives,
     "run_one": captions,
     "matmul_rate": speed,
+    "measure": tell_apart,
 }
 
 
