@@ -60,11 +60,11 @@ def sheet(rows):
 # %% [markdown]
 # ## Pictures
 #
-# Each face is drawn from numbers between 0 and 1: pose, skin, hair, eyes, mouth. No two are alike, nothing is
-# downloaded, and there are as many as you like.
+# Each face is drawn from 23 normal numbers: colours, hair, eyes, mouth. No two are alike, nothing is downloaded,
+# and there are as many as you like.
 
 # %%
-numbers = torch.rand(6000, len(celeba_latent.TRAITS), generator=generator)
+numbers = torch.randn(6000, len(celeba_latent.TRAITS), generator=generator)
 faces = celeba_latent.draw_faces(numbers)  # (6000,3,32,32)
 held_out = faces[:1000]
 train = faces[1000:]
