@@ -734,16 +734,16 @@ def write_latents(net, names: list[str], read, asked: Encode, config: dict, labe
                 net = scflow.load(path)
                 for key in ("format", "arch", "weights"):
                     del meta[key]  # scflow.save writes them
+                arrays = read_arrays(folder, meta, "r+")
         else:
             prepare(net, names, read, device)
             blank = torch.zeros(1, 3, asked.size, asked.size, device=device)
             meta = {"size": asked.size, "copies": 2 if asked.flips else 1, "complete": False}
             meta.update(done=0, sources=[], skipped=[], shape=list(net.encode(blank).shape[1:]))
+            meta["checksums"] = dict.fromkeys(arrays_of(meta, 0), 0)  # of the rows that are written
             start_folder(folder, LATENTS, config, LATENT_FILES)
             make_arrays(folder, meta, len(names))
-        arrays = {}
-        for name in arrays_of(meta, len(names)):
-            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r+")
+            arrays = read_arrays(folder, meta, "r+")
         fill_arrays(path, net, names, read, asked, meta, arrays)
         finish(path, net, meta, arrays, labels)
     return meta
@@ -806,7 +806,7 @@ def fill_arrays(path: Path, net, names: list[str], read, asked: Encode, meta: di
 
 
 def finish(path: Path, net, meta: dict, arrays: dict, labels) -> None:
-    """Add to meta.pt what is known at the end: the statistics, the labels, and checksums of the arrays."""
+    """Add to meta.pt what is known at the end: the statistics and the labels."""
     count = len(meta["sources"])
     meta["mean"], meta["std"] = channel_statistics(torch.from_numpy(arrays["latents"][: meta["copies"] * count]))
     meta["attributes"] = []
@@ -814,7 +814,6 @@ def finish(path: Path, net, meta: dict, arrays: dict, labels) -> None:
         meta["attributes"], tokens = labels
         rows = [tokens[Path(name).name] for name in meta["sources"]]
         meta["labels"] = torch.tensor(rows, dtype=torch.uint8)  # (N,L)
-    meta["checksums"] = {name: zlib.crc32(array) for name, array in arrays.items()}
     meta["complete"] = True
     scflow.save(path, net, **meta)
 
@@ -834,15 +833,15 @@ def encode_chunk(net, names, found, meta, arrays, device) -> None:
     x = torch.stack(good).to(device)
     both = torch.stack([x, x.flip(3)], 1)[:, : meta["copies"]]  # each beside its mirror image
     z = net.encode(both.flatten(0, 1).float() / 255).half().cpu()  # (copies·n,C,h,w)
-    end = len(meta["sources"])
-    start = end - len(good)
-    require(z.isfinite().all(), f"the autoencoder gives values that are not finite near {meta['sources'][start]}")
+    first = len(meta["sources"]) - len(good)
+    require(z.isfinite().all(), f"the autoencoder gives values that are not finite near {meta['sources'][first]}")
     thumbs, textures = picture_features(x)
-    arrays["latents"][meta["copies"] * start : meta["copies"] * end] = z.numpy()
-    arrays["thumbs"][start:end] = thumbs.numpy()
-    arrays["textures"][start:end] = textures.numpy()
-    for array in arrays.values():
-        array.flush()  # on the disk before meta.pt counts it
+    for name, values in {"latents": z, "thumbs": thumbs, "textures": textures}.items():
+        rows = np.ascontiguousarray(values.numpy())
+        start = first * len(rows) // len(good)  # a picture may have two rows
+        arrays[name][start : start + len(rows)] = rows
+        arrays[name].flush()  # on the disk before meta.pt counts it
+        meta["checksums"][name] = zlib.crc32(rows, meta["checksums"][name])
 
 
 def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -908,9 +907,7 @@ class Latents:
             self.attributes = meta["attributes"]
             self.labels = meta.get("labels")  # (N,L)
             self.tokens = (len(self.attributes), 2) if self.attributes else None
-            self.arrays = {}
-            for name, checksum in meta["checksums"].items():
-                self.arrays[name] = read_array(Path(folder, f"{name}.npy"), checksum)
+            self.arrays = read_arrays(Path(folder), meta)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         tenth = count // 10
         self.held_out = order[:tenth].sort().values
@@ -964,12 +961,18 @@ class Latents:
         return thumbs, textures
 
 
-def read_array(path: Path, checksum: int) -> np.ndarray:
-    """The array of a file, which stays on the disk. Raises ValueError unless it is what encode wrote."""
-    with reading(path, "array that encode wrote: run it again"):
-        array = np.lib.format.open_memmap(path, mode="r")
-        require(zlib.crc32(array) == checksum, f"{path} is damaged (its checksum is wrong): run encode again")
-    return array
+def read_arrays(folder: Path, meta: dict, mode: str = "r") -> dict[str, np.ndarray]:
+    """The arrays of a latents folder, which stay on the disk. Raises ValueError unless they are what encode wrote."""
+    arrays = {}
+    for name, (kind, shape) in arrays_of(meta, len(meta["sources"])).items():
+        path = folder / f"{name}.npy"
+        with reading(path, "array that encode wrote: run it again with --overwrite"):
+            array = np.lib.format.open_memmap(path, mode)
+            fits = array.dtype == kind and array.shape[1:] == shape[1:]
+            whole = fits and zlib.crc32(array[: shape[0]]) == meta["checksums"][name]
+            require(whole, f"{path} is damaged (its checksum is wrong): run encode again with --overwrite")
+        arrays[name] = array
+    return arrays
 
 
 # ═══ 6. Training: sizes, schedules, speed, and a run that can be resumed ══════════════════
