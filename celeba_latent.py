@@ -503,6 +503,7 @@ class Device:
 
     def __post_init__(self):
         check_choices(self)
+        require(getattr(self, "out", "named"), "give --out a folder")
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int and f.name != "seed":
@@ -540,7 +541,8 @@ def choose_device(name: str) -> str:
 
 LATENTS = "folder of latents"  # what config.json says it is
 RUN = "run of celeba_latent.py"
-LATENT_FILES = ("meta.pt", "*.npy")  # what --overwrite deletes, in this order: no measures without their weights
+# What --overwrite deletes, in this order: no measures without their weights.
+LATENT_FILES = ("meta.pt", "latents.npy", "thumbs.npy", "textures.npy")
 STUDENT_FILES = ("metrics.json", "metrics.md", "student.pt", "student.png", "neighbours.png")
 RUN_FILES = (*STUDENT_FILES, "teacher.pt", "teacher.png", "log.csv")
 
@@ -605,6 +607,10 @@ class Encode(Folder):
     labels: str = ""  # attributes of the pictures, a text file like CelebA's list_attr_celeba.txt
     batch: int = 64  # pictures encoded at a time
     out: str = "latents"  # latents folder
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.size >= 16, f"size must be at least 16, not {self.size}")
 
 
 class Pictures:
@@ -773,7 +779,8 @@ def prepare(net, names: list[str], read, device: str) -> None:
         kept = net.fit(x)
         print(f"{net.channels} components keep {kept:.1%} of the variance")
     z = net.to(device).encode(x[:64].to(device)).half().cpu()
-    require(z.isfinite().all(), "the autoencoder gives values that are not finite")
+    finite = z.isfinite().all() and net.decode(z.float().to(device)).isfinite().all()
+    require(finite, "the autoencoder gives values that are not finite")
     channel_statistics(z)
 
 

@@ -3584,6 +3584,7 @@ FACES_ERRORS = {
     "encode --images pictures --out new --size 36": "multiple of 8",
     "encode --images pictures --out new --size 32 --channels 193": "1 to 192",
     "encode --images pictures --out new --channels 0": "channels",
+    "encode --images pictures --out new --size 8": "at least 16",
     "encode --images pictures --out new --batch -1": "batch",
     "encode --images pictures --out new --autoencoder alone": "alone_decoder.pth",
     "encode --images pictures --out new --autoencoder cut-pair": "cut-pair_encoder.pth",
@@ -3807,6 +3808,31 @@ def test_a_training_that_is_killed_anywhere_resumes_bit_for_bit(name, album, tmp
         assert finish(command, out) == 0
         assert same_run(out, album, name)
         assert not list(out.glob(f"{scflow.UNFINISHED}*"))
+
+
+@pytest.mark.parametrize("command", ["encode --images pictures", "teacher --latents latents", "distill"])
+def test_an_empty_name_is_not_the_present_folder(command, album, tmp_path, monkeypatch, capsys):
+    """As of a variable of the shell that is not set."""
+    shutil.copytree(album, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(album / "run", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    assert faces(*command.split(), "--out", "") == 2
+    assert "give --out a folder" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_only_files_of_a_run_are_deleted(tmp_path):
+    """What lies beside them stays; a folder of such a name stops it before the first deletion."""
+    for name in ("metrics.json", "student.pt", "mine.pt", "mine.gif", "1_mine.png"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "log.csv").mkdir()
+    before = contents(tmp_path)
+    refused(toy_2d.clear_folder, tmp_path, toy_2d.RUN_FILES, match="log.csv is a folder")
+    assert contents(tmp_path) == before
+    (tmp_path / "log.csv").rmdir()
+    toy_2d.clear_folder(tmp_path, toy_2d.RUN_FILES)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.pt", "mine.gif", "1_mine.png"}
 
 
 OVERWRITING = {

@@ -602,13 +602,14 @@ def read_config(folder, kind: str, *keys: str) -> dict:
     return read_json(file, *keys)
 
 
-def clear_folder(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Delete the files of a run in this order, and what a killed program left."""
-    for pattern in patterns:
-        for old in folder.glob(pattern):
-            old.unlink()
+def clear_folder(folder: Path, names: tuple[str, ...]) -> None:
+    """Delete the files of a run in this order, and what a killed program left. All other files are left alone."""
+    for name in names:
+        require(not (folder / name).is_dir(), f"{folder / name} is a folder: nothing in {folder} is deleted")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
     for old in folder.glob(f"{scflow.UNFINISHED}*"):
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def machine() -> str:
@@ -771,7 +772,9 @@ def prepare(run: Run):
 
 
 RUN = "run of toy_2d.py"  # what config.json says it is
-RUN_FILES = ("metrics.json", "*.pt", "log.csv", "[1-6]_*.png", "*.gif")  # without weights no measures: those go first
+# What --overwrite deletes. Without weights no measures: those go first.
+RUN_FILES = ("metrics.json", "teacher.pt", "student.pt", "log.csv", "1_hero.png", "2_steps.png", "3_paths.png")
+RUN_FILES += ("4_field.png", "5_losses.png", "6_critic.png", "distillation.gif")
 
 
 def train(run: Run, settings: TeacherSettings, schedule: tuple[Phase, ...]) -> tuple[Path, dict]:

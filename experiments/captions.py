@@ -669,6 +669,10 @@ def train_command(argv: list[str]) -> None:
     there = [str(folder) for folder in folders if folder.exists()]
     free = asked.resume or asked.overwrite or not there
     require(free, f"{', '.join(there)} exists: give --resume to go on with it, or --overwrite")
+    for folder in folders:  # all are looked at before the first is overwritten
+        if asked.overwrite:
+            toy_2d.require_room(folder, True, RUN)
+
     done = []
     records = []
     for folder, seed in zip(folders, asked.seeds):
