@@ -48,7 +48,7 @@ from toy_2d import cli, write_csv, write_text
 # ═══ 1. Drawn faces ═══════════════════════════════════════════════════════════════════════
 # A world of pictures without a download. Every face comes from 23 normal numbers, so that no two are
 # alike and none can be memorised. It is made to be learned in minutes: colours are linear in these
-# numbers, the pose is fixed, and all edges are soft, so that a moved edge is nearly a sum of pictures.
+# numbers, the head hardly moves, and all edges are soft, so that a moved edge is nearly a sum of pictures.
 
 TRAITS = {  # mean and deviation of each; draw_faces takes its numbers in this order
     "ground_red": (0.68, 0.11),
@@ -125,7 +125,8 @@ def draw_faces(numbers: Tensor, size: int = 32) -> Tensor:
     red = blend(face.hair_red, (0.0, 0.0, 0.0), (0.22, 0.0, -0.06))
     hair = blend(face.hair_tone, (0.06, 0.05, 0.06), (0.8, 0.6, 0.38)) + red
     iris = blend(face.eye_tone, (0.35, 0.22, 0.12), (0.2, 0.42, 0.65))
-    lips = blend(face.lip_tone, (0.75, 0.45, 0.4), (0.8, 0.15, 0.2)) * (1 - 0.35 * face.skin_tone)[:, None]
+    lips = blend(face.lip_tone, (0.75, 0.45, 0.4), (0.8, 0.15, 0.2))
+    lips = lips * (1 - 0.35 * face.skin_tone)[:, None]
 
     # All is painted from back to front: the background, the shoulders, the hair, the neck.
     light = (face.light * x)[:, None]
@@ -376,8 +377,8 @@ class Diffusers(nn.Module):
 
 
 # So that scflow.build finds them.
-for kind in (PatchPCA, PicturePCA, TinyAutoencoder, Diffusers):
-    scflow.NETWORKS[kind.__name__] = kind
+scflow.NETWORKS.update(PatchPCA=PatchPCA, PicturePCA=PicturePCA)
+scflow.NETWORKS.update(TinyAutoencoder=TinyAutoencoder, Diffusers=Diffusers)
 
 
 def autoencoder(name: str, size: int, channels: int) -> nn.Module:
@@ -547,6 +548,15 @@ STUDENT_FILES = ("metrics.json", "metrics.md", "student.pt", "student.png", "nei
 RUN_FILES = (*STUDENT_FILES, "teacher.pt", "teacher.png", "log.csv")
 
 
+def require_room(asked, folder: Path, kind: str) -> None:
+    """Raise ValueError if a folder is there that is neither to be gone on with nor a `kind` to be overwritten."""
+    if asked.resume:
+        return
+    new = asked.overwrite or not folder.exists()
+    require(new, f"{folder} exists: give --resume to go on with it, or --overwrite")
+    toy_2d.require_room(folder, asked.overwrite, kind)
+
+
 @contextmanager
 def open_or_resume(asked, kind: str, config: dict):
     """The folder `asked.out`, of a new run or with --resume of the one there is, whose settings must be the same.
@@ -555,7 +565,8 @@ def open_or_resume(asked, kind: str, config: dict):
     """
     folder = Path(asked.out)
     if not asked.resume:
-        with toy_2d.open_folder(asked.out, "", asked.overwrite, kind):
+        require_room(asked, folder, kind)
+        with toy_2d.open_folder(asked.out, "", asked.overwrite, kind) as folder:
             yield folder
         return
     require(folder.exists(), f"nothing to resume: there is no {folder}")
@@ -745,7 +756,8 @@ def write_latents(net, names: list[str], read, asked: Encode, config: dict, labe
             prepare(net, names, read, device)
             blank = torch.zeros(1, 3, asked.size, asked.size, device=device)
             meta = {"size": asked.size, "copies": 2 if asked.flips else 1, "complete": False}
-            meta.update(done=0, sources=[], skipped=[], shape=list(net.encode(blank).shape[1:]))
+            meta.update(done=0, sources=[], skipped=[])
+            meta["shape"] = list(net.encode(blank).shape[1:])
             meta["checksums"] = dict.fromkeys(arrays_of(meta, 0), 0)  # of the rows that are written
             start_folder(folder, LATENTS, config, LATENT_FILES)
             make_arrays(folder, meta, len(names))
@@ -779,7 +791,8 @@ def prepare(net, names: list[str], read, device: str) -> None:
         kept = net.fit(x)
         print(f"{net.channels} components keep {kept:.1%} of the variance")
     z = net.to(device).encode(x[:64].to(device)).half().cpu()
-    finite = z.isfinite().all() and net.decode(z.float().to(device)).isfinite().all()
+    again = net.decode(z.float().to(device))
+    finite = z.isfinite().all() and again.isfinite().all()
     require(finite, "the autoencoder gives values that are not finite")
     channel_statistics(z)
 
@@ -1641,8 +1654,7 @@ def demo_command(argv) -> None:
     (given,) = cli(argv, demo_command.__doc__, Demo())
     demo = Demo(**given)
     latents = f"{demo.out}-latents"
-    if not demo.resume:
-        toy_2d.require_room(Path(demo.out), demo.overwrite, RUN)
+    require_room(demo, Path(demo.out), RUN)
     how = dict(device=choose_device(demo.device), resume=demo.resume, overwrite=demo.overwrite, quiet=demo.quiet)
     # All settings are made, and so checked, before the first minute is spent.
     encoding = Encode(**how, size=64, batch=500, out=latents)

@@ -1105,9 +1105,10 @@ def replacing(path):
 
 @contextmanager
 def reading(path, kind: str):
-    """Whatever fails in this block, but for a message of `require`, is a ValueError: `path` is damaged, or no `kind`.
+    """Turn whatever fails in this block into a ValueError: "PATH is damaged, or no KIND".
 
-    Readers of foreign bytes raise nearly anything; so does code that uses what they return.
+    Readers of foreign bytes raise nearly anything; so does code that uses what they return. What `require` raises
+    passes as it is.
     """
     require(os.path.isfile(path), f"no {kind} at {path}")  # a pipe would keep us waiting
     try:

@@ -270,7 +270,7 @@ class Ablation:
     out: str = "results/ablation"  # path of the results, without .csv, .md and .png
 
     def __post_init__(self):
-        common.require_distinct(self, "rows", "datasets", "seeds")
+        common.check_values(self, "rows", "datasets", "seeds")
 
 
 QUICK = {"datasets": ["8gaussians"], "seeds": [0], "samples": 6000, "out": "runs/quick"}

@@ -652,7 +652,7 @@ class Captions(celeba_latent.Folder):
     def __post_init__(self):
         super().__post_init__()
         require(self.samples >= 200, f"{self.samples} samples are too few for a Fréchet distance: give 200 or more")
-        common.require_distinct(self, "seeds")
+        common.check_values(self, "seeds")
         require(math.isfinite(self.guidance), f"--guidance is a number, not {self.guidance}")
 
 
@@ -666,12 +666,8 @@ def train_command(argv: list[str]) -> None:
         preset = "gpu" if device.startswith("cuda") else "cpu"
     asked = replace(asked, device=device, preset=preset)
     folders = [Path(asked.out, f"seed-{seed}") for seed in asked.seeds]
-    there = [str(folder) for folder in folders if folder.exists()]
-    free = asked.resume or asked.overwrite or not there
-    require(free, f"{', '.join(there)} exists: give --resume to go on with it, or --overwrite")
     for folder in folders:  # all are looked at before the first is overwritten
-        if asked.overwrite:
-            toy_2d.require_room(folder, True, RUN)
+        celeba_latent.require_room(asked, folder, RUN)
 
     done = []
     records = []

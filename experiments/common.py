@@ -63,8 +63,8 @@ def fingerprint(*settings) -> str:
 # ═══ 2. Settings and reports ══════════════════════════════════════════════════════════════
 
 
-def require_distinct(settings, *names: str) -> None:
-    """Raise ValueError if a setting of several values names one twice, which would be counted twice, or a bad seed."""
+def check_values(settings, *names: str) -> None:
+    """Raise ValueError if a setting names a value twice, which would be counted twice, or a negative seed."""
     for name in names:
         values = getattr(settings, name)
         require(name != "seeds" or min(values) >= 0, f"seeds must not be negative: {values}")

@@ -225,7 +225,7 @@ class Growth:
     out: str = "results/growth"  # path of the results, without .md, .csv and .png
 
     def __post_init__(self):
-        common.require_distinct(self, "seeds")
+        common.check_values(self, "seeds")
         require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
         require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
         least = 2 * max(case["modes"] for case in all_cases())  # the distance takes two points of a mode

@@ -294,7 +294,7 @@ class Guidance:
         sources = ("teacher", "data", "data-no-critic")
         for source in self.learn_from:
             require(source in sources, f"learn_from is {source!r}, not one of {', '.join(sources)}")
-        common.require_distinct(self, "scales", "seeds", "learn_from")
+        common.check_values(self, "scales", "seeds", "learn_from")
         require(all(math.isfinite(scale) for scale in self.scales), "guidance scales are finite numbers")
         require(self.samples >= 50, f"samples must be at least 50, not {self.samples}")
 

@@ -633,7 +633,7 @@ class Relatives:
     out: str = "results/relatives"  # path of the results, without .md, .csv and .png
 
     def __post_init__(self):
-        common.require_distinct(self, "methods", "datasets", "seeds", "shares")
+        common.check_values(self, "methods", "datasets", "seeds", "shares")
         for method in self.methods:
             known = method == "all" or method in METHODS
             require(known, f"no method {method!r}: there are {'; '.join(METHODS)}")
