@@ -3552,8 +3552,11 @@ def troubles(album, tmp_path_factory):
         archive.writestr("a.png", b"")
     needs = (at / "version.zip").read_bytes().replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xff")
     (at / "version.zip").write_bytes(needs)  # a version of the format that nobody knows
-    for name in ("alone", "cut-pair", "foreign"):
+    for name in ("alone", "cut-pair", "foreign", "nan"):
         tiny_pair(at / name)
+    decoder = torch.load(at / "nan_decoder.pth")
+    decoder["1.weight"] += math.nan
+    torch.save(decoder, at / "nan_decoder.pth")
     (at / "alone_decoder.pth").unlink()
     shorten(at / "cut-pair_encoder.pth")
     shutil.copy(at / "points.pt", at / "foreign_encoder.pth")
@@ -3600,6 +3603,7 @@ FACES_ERRORS = {
     "encode --images pictures --out run --overwrite": "says 'run of",
     "encode --images pictures --out latents --overwrite": "20 are needed",
     "encode --images pictures --out latents --overwrite --size 32 --channels 193": "1 to 192",
+    "encode --images pictures --out latents --overwrite --size 32 --autoencoder nan": "not finite",
     "encode --images pictures --out /dev/null/latents": "cannot write",
     "teacher --out new": "a folder that encode has made",
     "teacher --out new --latents nowhere": "nowhere",
