@@ -999,7 +999,7 @@ def read_arrays(folder: Path, meta: dict, mode: str = "r") -> dict[str, np.ndarr
 
 # Networks by size, of 2.9, 33 and 130 million parameters, and how a teacher of that size is trained.
 SIZES = {
-    "small": dict(dim=192, depth=4, heads=4),
+    "small": dict(dim=256, depth=4, heads=4),
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
 }
@@ -1007,7 +1007,7 @@ SIZES = {
 PERCEPTRON = dict(width=512, depth=3, x_frequencies=0)
 TEACHERS = {
     "demo": TeacherSettings(teacher_steps=6000, teacher_batch=256, teacher_lr=2e-3),
-    "small": TeacherSettings(teacher_steps=10000, teacher_batch=64, teacher_lr=1e-3),
+    "small": TeacherSettings(teacher_steps=20000, teacher_batch=32, teacher_lr=1e-3, teacher_times="logit-normal"),
     "S": TeacherSettings(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
     "B": TeacherSettings(teacher_steps=40000, teacher_batch=256, teacher_lr=2e-4),
 }

@@ -346,8 +346,10 @@ class TeacherSettings:
     teacher_batch: int = 512  # rows per update of the teacher
     teacher_lr: float = 4e-3  # AdamW learning rate of the teacher: 50 updates up, then a cosine down to 0
     teacher_drop: float = 0.1  # share of rows that lose their condition, if there is one: guidance needs both
+    teacher_times: Literal["uniform", "logit-normal"] = "uniform"  # how t is drawn; logit-normal: rarely near 0 and 1
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("teacher_steps", "teacher_batch", "teacher_lr"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} must be positive, not {value}")
@@ -495,6 +497,8 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
         x0, cond = batch(settings.teacher_batch, generator)
         x1 = randn_like(x0, generator)
         t = rand_times(x0, generator)
+        if settings.teacher_times == "logit-normal":
+            t = torch.special.ndtri(t).sigmoid()  # ndtri(t) is normal (Esser et al., 2024)
         xt = interpolate(x0, x1, t)
         if cond is not None:
             cond = drop(cond, settings.teacher_drop, generator)
@@ -948,7 +952,12 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer (Peebles & Xie, 2023) as the velocity of latents (B,C,H,W)."""
+    """Diffusion transformer (Peebles & Xie, 2023) as the velocity of latents (B,C,H,W) of mean 0 and variance 1.
+
+    If they were normal, a·x_t with a = (2t−1)/σ_t² would be the velocity, and what is left of it has a standard
+    deviation of 1/σ_t, where σ_t² = (1−t)² + t² is the variance of x_t. So the transformer learns only what is left
+    (Karras et al., 2022): it need not carry the noise from its input to its output.
+    """
 
     precision = torch.float32  # of the computation, or torch.bfloat16 where the device is fast at it
 
@@ -968,17 +977,19 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = zero_(nn.Linear(dim, 2 * dim))
-        self.head = zero_(nn.Linear(dim, patch * patch * c))  # the untrained network is the zero map
+        self.head = zero_(nn.Linear(dim, patch * patch * c))  # untrained, the velocity is that of normal latents
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity (B,C,H,W) at latents (B,C,H,W) and times (B,)."""
         require(x.shape[1:] == self.shape, f"this network takes latents {self.shape}, not {tuple(x.shape[1:])}")
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            v = self.velocity(x, t, cond)
-        return v.to(x.dtype)
+            rest = self.transformer(x, t, cond).to(x.dtype)
+        t = broadcast(t, x)
+        variance = (1 - t) ** 2 + t**2  # σ_t²
+        return (2 * t - 1) / variance * x + rest / variance.sqrt()
 
-    def velocity(self, x, t, cond):
-        """The same in the network's own precision."""
+    def transformer(self, x, t, cond):
+        """What is left of the velocity, in the network's own precision."""
         h = self.embed(patchify(x, self.patch)) + self.positions  # (B,N,D)
         c = self.time(timestep_embedding(t, 256).to(x.dtype))  # (B,D)
         n = h.shape[1]
@@ -1068,7 +1079,7 @@ def guided(net, w: float):
 
 # ═══ 6. Weights files ═════════════════════════════════════════════════════════════════════
 
-FORMAT = "scflow-2"
+FORMAT = "scflow-3"
 UNFINISHED = ".unfinished-"  # so begins the name of a folder that `replacing` writes in; a killed program leaves one
 NETWORKS = {c.__name__: c for c in (MLP, DiT, PointCritic, LatentCritic)}
 

@@ -938,10 +938,10 @@ def test_a_teacher_without_weights_needs_a_student(teacher):
 
 
 @exact
-@pytest.mark.parametrize("oracle", [None, exact_teacher])
-def test_the_teachers_training_equals_a_hand_written_loop(oracle):
+@pytest.mark.parametrize("oracle, times", [(None, "uniform"), (None, "logit-normal"), (exact_teacher, "uniform")])
+def test_the_teachers_training_equals_a_hand_written_loop(oracle, times):
     """Five updates regress on x₁ − x₀, or on the oracle, with some conditions dropped (1e-9: rounding)."""
-    settings = replace(SHORT, teacher_drop=0.25)
+    settings = replace(SHORT, teacher_drop=0.25, teacher_times=times)
     run = take(train_teacher(mlp(2, LABEL), labelled, gen(3), settings, oracle))
     net = mlp(2, LABEL)
     average = mlp(2, LABEL)
@@ -952,6 +952,8 @@ def test_the_teachers_training_equals_a_hand_written_loop(oracle):
         x0, label = labelled(32, generator)
         x1 = torch.randn(32, 2, generator=generator)
         t = torch.rand(32, generator=generator)
+        if times == "logit-normal":
+            t = torch.sigmoid(2**0.5 * torch.erfinv(2 * t - 1))
         xt = (1 - t)[:, None] * x0 + t[:, None] * x1
         kept = torch.rand(32, 1, generator=generator) >= 0.25
         target = x1 - x0 if oracle is None else oracle(xt, t)
@@ -1152,7 +1154,8 @@ def plain_dit(net, x, t, cond):
     out = torch.zeros_like(x)
     for patch, (i, j) in zip(patches, corners):
         out[:, i : i + p, j : j + p] = patch.reshape(p, p, channels).permute(2, 0, 1)
-    return out
+    variance = (1 - t) ** 2 + t**2
+    return (2 * t - 1) / variance * x + out / variance**0.5
 
 
 @exact
@@ -1170,10 +1173,14 @@ def test_the_dit_equals_a_plain_implementation(shape, patch):
         assert torch.allclose(v[b], plain, atol=1e-10)
 
 
-def test_the_dit_starts_as_the_zero_map_with_closed_gates():
-    """At first the output is exactly 0, and every block returns its tokens bitwise."""
+@exact
+def test_the_dit_starts_as_the_velocity_of_normal_latents_with_closed_gates():
+    """At first the output is the exact velocity where the data are N(0,I), and every block returns its tokens."""
     net = DiT(LATENT, patch=2, dim=16, depth=3, heads=2)
-    assert net(torch.randn(3, *LATENT), torch.rand(3)).abs().max() == 0
+    x = torch.randn(3, *LATENT)
+    t = torch.tensor([0.0, 0.4, 1.0])
+    normal = GaussianMixture(torch.zeros(1, x[0].numel()), 1.0)
+    assert torch.allclose(net(x, t).flatten(1), normal(x.flatten(1), t), atol=1e-12)
     tokens = torch.randn(3, 6, 16)
     for block in net.blocks:
         assert torch.equal(block(tokens, torch.randn(3, 16)), tokens)
