@@ -997,7 +997,7 @@ def read_arrays(folder: Path, meta: dict, mode: str = "r") -> dict[str, np.ndarr
 
 # ═══ 6. Training: sizes, schedules, speed, and a run that can be resumed ══════════════════
 
-# Networks by size, of 2.9, 33 and 130 million parameters, and how a teacher of that size is trained.
+# Networks by size, of 5, 33 and 130 million parameters, and how a teacher of that size is trained.
 SIZES = {
     "small": dict(dim=256, depth=4, heads=4),
     "S": dict(dim=384, depth=12, heads=6),
@@ -1005,18 +1005,21 @@ SIZES = {
 }
 # For the demo, a plain perceptron: the components of a PicturePCA have no places, and so make no tokens.
 PERCEPTRON = dict(width=512, depth=3, x_frequencies=0)
+LARGE = dict(teacher_rise=1000, teacher_clip=1.0, teacher_times="logit-normal")  # planned for a GPU, and never run
 TEACHERS = {
     "demo": TeacherSettings(teacher_steps=6000, teacher_batch=256, teacher_lr=2e-3),
     "small": TeacherSettings(teacher_steps=20000, teacher_batch=32, teacher_lr=1e-3, teacher_times="logit-normal"),
-    "S": TeacherSettings(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
-    "B": TeacherSettings(teacher_steps=40000, teacher_batch=256, teacher_lr=2e-4),
+    "S": TeacherSettings(**LARGE, teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
+    "B": TeacherSettings(**LARGE, teacher_steps=80000, teacher_batch=128, teacher_lr=2e-4),
 }
 
-# The reference's settings for CelebA-HQ 256: a batch of 32 a GPU, 200 epochs of 27,000 pictures.
+# The reference's settings for CelebA-HQ 256: a batch of 32 a GPU, 200 epochs of 27,000 pictures. Only the critic's
+# AdamW has betas of our own.
 PAPER = Phase(
     steps=168750,
     batch=32,
     lr=2e-5,
+    lr_course="constant",
     lr_critic=1e-4,
     lambda_adv=0.1,
     lambda_self=0.1,

@@ -344,15 +344,18 @@ class TeacherSettings:
 
     teacher_steps: int = 1500  # updates of the teacher
     teacher_batch: int = 512  # rows per update of the teacher
-    teacher_lr: float = 4e-3  # AdamW learning rate of the teacher: 50 updates up, then a cosine down to 0
+    teacher_lr: float = 4e-3  # AdamW learning rate of the teacher: up along a line, then a cosine down to 0
+    teacher_rise: int = 50  # updates in which it rises
+    teacher_clip: float = 0.0  # largest norm of the gradient, which is shortened to it; 0: any
     teacher_drop: float = 0.1  # share of rows that lose their condition, if there is one: guidance needs both
     teacher_times: Literal["uniform", "logit-normal"] = "uniform"  # how t is drawn; logit-normal: rarely near 0 and 1
 
     def __post_init__(self):
         check_choices(self)
-        for name in ("teacher_steps", "teacher_batch", "teacher_lr"):
+        for name in ("teacher_steps", "teacher_batch", "teacher_lr", "teacher_rise"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} must be positive, not {value}")
+        require(self.teacher_clip >= 0, f"teacher_clip must not be negative, and is {self.teacher_clip}")
         require(0 <= self.teacher_drop < 1, f"teacher_drop must lie in [0,1), and is {self.teacher_drop}")
 
 
@@ -363,7 +366,8 @@ class Phase:
     # The defaults have the paper's losses with the reference's weights, δ and τ; sizes suit points in the plane.
     steps: int = 1100  # updates of the student
     batch: int = 512  # rows per update of the student
-    lr: float = 4e-3  # AdamW learning rate of the student: 50 updates up, then a cosine down to 0
+    lr: float = 4e-3  # AdamW learning rate of the student
+    lr_course: Literal["cosine", "constant"] = "cosine"  # after a rise of 50 updates it falls to 0, or stays
     lr_critic: float = 1e-3  # AdamW learning rate of the critic, constant
     lambda_consistency: float = 1.0  # weight of the truncated consistency loss
     lambda_adv: float = 0.1  # weight of the adversarial loss
@@ -493,7 +497,8 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
     if resume is not None:
         run.load_state_dict(resume)
     while run.step < settings.teacher_steps:
-        set_lr(run.opt, settings.teacher_lr * lr_factor(run.step, settings.teacher_steps))
+        factor = lr_factor(run.step, settings.teacher_steps, settings.teacher_rise)
+        set_lr(run.opt, settings.teacher_lr * factor)
         x0, cond = batch(settings.teacher_batch, generator)
         x1 = randn_like(x0, generator)
         t = rand_times(x0, generator)
@@ -514,6 +519,8 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
         run.check_finite()
         run.opt.zero_grad()
         loss.backward()
+        if settings.teacher_clip > 0:
+            nn.utils.clip_grad_norm_(net.parameters(), settings.teacher_clip)
         run.opt.step()
         ema_update(run.ema, net, growing(run.step, 0.9999))
 
@@ -554,7 +561,8 @@ def distill(
             i = run.step - phase_start  # the update within the phase
             if i == 0 and phase_start > 0:  # the first update of a later phase
                 next_phase(run)
-            set_lr(run.opt, phase.lr * lr_factor(i, phase.steps))
+            steps = phase.steps if phase.lr_course == "cosine" else math.inf
+            set_lr(run.opt, phase.lr * lr_factor(i, steps))
             set_lr(run.opt_critic, phase.lr_critic)
             x0, cond = batch(phase.batch, generator)
             x1 = randn_like(x0, generator)
@@ -729,9 +737,12 @@ def set_lr(opt: torch.optim.Optimizer, lr: float) -> None:
     opt.param_groups[0]["lr"] = lr
 
 
-def lr_factor(i: int, steps: int) -> float:
-    """Factor of the learning rate in update i: up along a line for 50 updates, down to 0 along a cosine."""
-    rise = min(1, (i + 1) / 50)
+def lr_factor(i: int, steps: float, rise: int = 50) -> float:
+    """Factor of the learning rate in update i: up along a line for `rise` updates, down to 0 along a cosine.
+
+    It stays up if `steps` is infinite.
+    """
+    rise = min(1, (i + 1) / rise)
     fall = (1 + math.cos(math.pi * i / steps)) / 2
     return rise * fall
 

@@ -720,7 +720,7 @@ LOOPS = {
     "hinge": {},
     "softplus and R1": {"adversarial": "softplus", "r1": 0.5},
     "pinned and judged": {"pinned": 0.25, "judged": 0.5},
-    "heun and warm-up": {"walk": "heun", "warmup": 1},
+    "heun, warm-up, constant rate": {"walk": "heun", "warmup": 1, "lr_course": "constant"},
 }
 
 
@@ -746,7 +746,8 @@ def test_distillation_equals_a_hand_written_loop(name):
             hand.target = copy.deepcopy(hand.ema)
             hand.frozen = copy.deepcopy(hand.ema)
             opt = adamw_by_hand(hand.student)
-        opt.param_groups[0]["lr"] = p.lr * scflow.lr_factor(i, p.steps)
+        fall = 1 if p.lr_course == "constant" else (1 + math.cos(math.pi * i / p.steps)) / 2
+        opt.param_groups[0]["lr"] = p.lr * (i + 1) / 50 * fall
         opt_critic.param_groups[0]["lr"] = p.lr_critic
         x0, label = labelled(p.batch, generator)
         x1 = torch.randn(x0.shape, generator=generator)
@@ -940,15 +941,15 @@ def test_a_teacher_without_weights_needs_a_student(teacher):
 @exact
 @pytest.mark.parametrize("oracle, times", [(None, "uniform"), (None, "logit-normal"), (exact_teacher, "uniform")])
 def test_the_teachers_training_equals_a_hand_written_loop(oracle, times):
-    """Five updates regress on x₁ − x₀, or on the oracle, with some conditions dropped (1e-9: rounding)."""
-    settings = replace(SHORT, teacher_drop=0.25, teacher_times=times)
+    """Five updates regress on x₁ − x₀, or on the oracle, with some conditions dropped and the gradient clipped."""
+    settings = replace(SHORT, teacher_drop=0.25, teacher_times=times, teacher_rise=3, teacher_clip=0.5)
     run = take(train_teacher(mlp(2, LABEL), labelled, gen(3), settings, oracle))
     net = mlp(2, LABEL)
     average = mlp(2, LABEL)
     opt = adamw_by_hand(net)
     generator = gen(3)
     for i in range(5):
-        opt.param_groups[0]["lr"] = 1e-2 * scflow.lr_factor(i, 5)
+        opt.param_groups[0]["lr"] = 1e-2 * min(1, (i + 1) / 3) * (1 + math.cos(math.pi * i / 5)) / 2
         x0, label = labelled(32, generator)
         x1 = torch.randn(32, 2, generator=generator)
         t = torch.rand(32, generator=generator)
@@ -960,10 +961,14 @@ def test_the_teachers_training_equals_a_hand_written_loop(oracle, times):
         loss = (net(xt, t, label * kept) - target).square().mean()
         opt.zero_grad()
         loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
+        assert norm > 0.5
+        for p in net.parameters():
+            p.grad *= 0.5 / norm
         opt.step()
         scflow.ema_update(average, net, scflow.growing(i, 0.9999))
-    assert close(run.net, net, 1e-9)
-    assert close(run.ema, average, 1e-9)
+    assert close(run.net, net, 1e-7)  # torch adds a millionth to the norm, which AdamW hardly feels
+    assert close(run.ema, average, 1e-7)
 
 
 def test_dropping_takes_whole_conditions():
