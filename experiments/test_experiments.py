@@ -31,7 +31,7 @@ from torch import nn
 import celeba_latent
 import scflow
 import toy_2d
-from experiments import ablation, captions, common, growth, guidance, relatives, speed, tell_apart
+from experiments import ablation, captions, common, dimension, growth, guidance, relatives, speed, tell_apart
 from scflow import Phase, TeacherSettings
 from toy_2d import EnergyDistance
 
@@ -585,6 +585,59 @@ def test_growth_is_measured_and_read_back(here, monkeypatch):
         run(growth, *argv, "--share", 0.02)
 
 
+# ═══ dimension.py ═══════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0, 3.0])
+def test_the_overlap_is_that_of_the_closed_form(apart):
+    """Of N(0,I) and N(m,I) it is 2Φ(−‖m‖/2). The classifier knows it to 0.03: noise, and what it has not learned."""
+    generator = gen()
+
+    def draw(n):
+        mean = torch.tensor([apart, 0.0])
+        return torch.randn(n, 2, generator=generator), mean + torch.randn(n, 2, generator=generator)
+
+    expected = 2 * torch.special.ndtr(torch.tensor(-apart / 2))
+    assert abs(dimension.overlap(draw, 300, generator) - expected) < 0.03
+
+
+def test_what_overlaps_are_points_of_two_kinds_of_paths():
+    """Half data, half noise: of x_t the data's own, of x̂_t what the student makes of the same noise."""
+
+    def batch(n, generator):
+        return torch.full((n, 2), 6.0), None
+
+    def student(x, t, cond=None):
+        return 2 * x  # so its one-step sample is −x₁, and x̂_t = 0 at half time
+
+    xt, xt_hat = dimension.halfway(student, batch, gen())(2000)
+    assert torch.equal(xt_hat, torch.zeros(2000, 2))
+    assert (xt.mean(0) - 3).abs().max() < 0.05
+    assert (xt.std(0) - 0.5).abs().max() < 0.03
+
+
+def test_dimensions_are_measured_and_read_back(here, monkeypatch):
+    """Every loss in two dimensions and in eight, on two seeds: a table, a figure; again, no run is made."""
+    argv = ["--seeds", 0, 1, "--dimensions", 2, 8, "--share", 0.01, "--samples", 100]
+    assert run(dimension, *argv) == 0
+    text = read("results/dimension.md")
+    rows = tables(text)
+    assert [(row["losses"], row["d"]) for row in rows] == [(name, d) for name in dimension.LOSSES for d in ("2", "8")]
+    records = read_csv("results/dimension.csv")
+    first = [record for record in records if record["losses"] == rows[0]["losses"] and record["d"] == "2"]
+    one = [float(record["student 1"]) for record in first]
+    two = [float(record["student 2"]) for record in first]
+    assert rows[0]["2"] == common.mean_sd(two, 1000)
+    assert rows[0]["2 ÷ 1"] == f"{sum(two) / sum(one):.1f}"
+    assert is_drawn("results/dimension.png")
+
+    monkeypatch.setattr(scflow, "train_teacher", stop)
+    assert run(dimension, *argv) == 0
+    assert read("results/dimension.md") == text
+    with pytest.raises(Started):
+        run(dimension, *argv, "--share", 0.02)
+
+
 # ═══ guidance.py ════════════════════════════════════════════════════════════════════════════
 
 
@@ -1029,7 +1082,7 @@ def test_the_table_has_a_row_for_each_network(here, monkeypatch, capsys):
 README = read(HOUSE / "README.md")
 DOCUMENTS = [HOUSE / "README.md", HOUSE / "experiments/README.md", *sorted(HOUSE.glob("docs/*.md"))]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-EXPERIMENTS = (ablation, captions, growth, guidance, relatives, speed, tell_apart)
+EXPERIMENTS = (ablation, captions, dimension, growth, guidance, relatives, speed, tell_apart)
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
 PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
 FIRST_STEPS = {  # where each program begins with its first run

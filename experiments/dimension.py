@@ -1,0 +1,276 @@
+"""Do the paper's losses contradict each other in many dimensions, too?
+
+    python -m experiments.dimension            mixtures in 2 to 512 dimensions, three seeds
+    python -m experiments.dimension --quick    one seed, a twentieth of the updates, up to 32 dimensions
+
+In the plane, with all losses together at the reference's weights, two steps are much worse than one. The reason: where
+a point x_t of the data's paths lies among the points x̂_t of the student's own straight lines, consistency and
+self-correction ask one network for different values. The more dimensions, the easier it is to tell x_t from x̂_t.
+Then the network could answer both. This program measures both things: how far x_t and x̂_t overlap, and how much worse
+two steps are than one.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import scflow
+import toy_2d
+from experiments import common, growth
+from scflow import require
+
+# ═══ 1. Networks and losses ═══════════════════════════════════════════════════════════════
+
+
+class Velocity(nn.Module):
+    """v(x,t) = g·x + r. A perceptron finds the number g and the vector r from x, ‖x‖/√d and t.
+
+    In many dimensions most of a velocity is a multiple of x. It would not pass through layers narrower than x.
+    """
+
+    def __init__(self, d: int, width: int = 256):
+        super().__init__()
+        self.perceptron = scflow.MLP(d + 1, width, x_frequencies=0)
+
+    def forward(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+        """Velocity (B,d) at points (B,d) and times (B,)."""
+        out = self.perceptron(with_norm(x), t)  # (B,d+1)
+        r = out[:, :-1]
+        g = out[:, -1:]
+        return g * x + r
+
+
+def with_norm(x: Tensor) -> Tensor:
+    """Points (B,d) with ‖x‖/√d as one more number, (B,d+1)."""
+    norm = x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
+    return torch.cat([x, norm], 1)
+
+
+PAPER = scflow.Phase(batch=256)  # the reference's weights, δ and τ
+LOSSES = {
+    "consistency": replace(PAPER, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0),
+    "joint, hinge": PAPER,
+    "joint, softplus and R1": replace(PAPER, adversarial="softplus", r1=1.0),
+}
+TEACHER = scflow.TeacherSettings(teacher_steps=1500, teacher_batch=256)  # of the network that a student starts from
+
+
+# ═══ 2. The overlap ═══════════════════════════════════════════════════════════════════════
+
+
+def overlap(draw, updates: int, generator) -> float:
+    """How much of two densities p and q lies in both, ∫min(p,q): 1 for equal ones, 0 where they never meet.
+
+    It is the sum of the shares that the best classifier gets wrong. Ours is a perceptron. It may err more often than
+    the best one, so that the true overlap is at most this.
+
+    draw  callable (n) → rows of p and of q, (n,d) each.
+    """
+    p, q = draw(512)
+    classifier = scflow.PointCritic(p.shape[1] + 1, 256)
+    opt = scflow.adamw(classifier, 1e-3)
+    for i in range(updates):
+        scflow.set_lr(opt, 1e-3 * scflow.lr_factor(i, updates))
+        p, q = draw(512)
+        loss = scflow.critic_loss(classifier(with_norm(p)), classifier(with_norm(q)))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    p, q = draw(10000)
+    with torch.no_grad():
+        wrong = (classifier(with_norm(p)) < 0).double().mean() + (classifier(with_norm(q)) > 0).double().mean()
+    return min(1.0, wrong.item())
+
+
+def halfway(student, batch, generator):
+    """`draw` for the overlap of x_t and x̂_t at t = ½: points of the data's paths, and of the student's own lines."""
+
+    def draw(n):
+        x0, _ = batch(n, generator)
+        x1 = scflow.randn_like(x0, generator)
+        fresh = scflow.randn_like(x0, generator)
+        x0_hat = scflow.sample(student, fresh)
+        half = torch.full((n,), 0.5)
+        xt = scflow.interpolate(x0, x1, half)
+        xt_hat = scflow.interpolate(x0_hat, fresh, half)
+        return xt.flatten(1), xt_hat.flatten(1)
+
+    return draw
+
+
+# ═══ 3. One run ═══════════════════════════════════════════════════════════════════════════
+
+
+def measure(d: int, losses: str, seed: int = 0, share: float = 1.0, samples: int = 5000) -> dict:
+    """Distil the exact velocity of eight Gaussians in d dimensions; `share` of the updates.
+
+    Returns energy distances ("student 4" is that of four steps), the noise floor and the overlap.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    data = growth.mixture(d)
+    batch = toy_2d.batches(data)
+    net = Velocity(d)
+    fit = replace(TEACHER, teacher_steps=round(share * TEACHER.teacher_steps))
+    for run in scflow.train_teacher(net, batch, generator, fit, oracle=data):
+        start = run.ema
+    schedule = scflow.rescale((LOSSES[losses],), round(share * LOSSES[losses].steps))
+    critic = scflow.PointCritic(d, 128)
+    for run in scflow.distill(data, critic, batch, generator, schedule, student=start):
+        student = run.ema
+
+    generator = torch.Generator().manual_seed(10**6 + seed)
+    energy = toy_2d.EnergyDistance(*data.sample(samples, generator, stratified=True))
+
+    def draw_truth():
+        return data.sample(samples, generator)[0]
+
+    found = {"losses": losses, "d": d, "seed": seed}
+    found["floor"], found["floor sd"] = toy_2d.noise_floor(energy, draw_truth, 10)
+    noise = torch.randn(samples, d, generator=generator)
+    for steps in (1, 2, 4, 8):
+        found[f"student {steps}"] = energy(scflow.sample(student, noise, steps))
+    found["overlap"] = overlap(halfway(student, batch, generator), round(share * 1000), generator)
+    found["machine"] = toy_2d.machine()
+    return found
+
+
+# ═══ 4. Table and figure ══════════════════════════════════════════════════════════════════
+
+
+def cases(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """{(losses, d): the results of all seeds}, in the order of the table."""
+    found = {}
+    for losses in LOSSES:
+        for run in results:
+            if run["losses"] == losses:
+                found.setdefault((losses, run["d"]), []).append(run)
+    return found
+
+
+def ratio(runs: list[dict]) -> float:
+    """How many times farther from the data two steps end than one, by the means over the seeds."""
+    one = np.mean([run["student 1"] for run in runs])
+    two = np.mean([run["student 2"] for run in runs])
+    return two / one
+
+
+def table(results: list[dict]) -> list[str]:
+    """Lines of Markdown: one row for each case."""
+    lines = []
+    for (losses, d), runs in cases(results).items():
+        cells = [losses, str(d)]
+        for steps in (1, 2, 4, 8):
+            cells.append(common.mean_sd([run[f"student {steps}"] for run in runs], 1e3))
+        floor = np.mean([run["floor sd"] for run in runs])
+        cells.append(f"{1e3 * floor:.2f}")
+        cells.append(f"{ratio(runs):.1f}")
+        cells.append(common.mean_sd([run["overlap"] for run in runs]))
+        lines.append(cells)
+    return common.markdown(["losses", "d", "1 step", "2", "4", "8", "floor's sd", "2 ÷ 1", "overlap"], lines)
+
+
+COLOURS = ("#999999", "#0072B2", "#D55E00")
+MARKERS = ("o", "s", "D")
+
+
+def draw(results: list[dict], path) -> None:
+    """Left: the overlap against d. Right: how much worse two steps are than one, against d."""
+    plt = toy_2d.drawing()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    found = cases(results)
+    for losses, colour, marker in zip(LOSSES, COLOURS, MARKERS):
+        mine = {d: runs for (name, d), runs in found.items() if name == losses}
+        if not mine:
+            continue
+        overlaps = [np.mean([run["overlap"] for run in runs]) for runs in mine.values()]
+        ratios = [ratio(runs) for runs in mine.values()]
+        left.plot(mine.keys(), overlaps, color=colour, marker=marker, label=losses)
+        right.plot(mine.keys(), ratios, color=colour, marker=marker, label=losses)
+    for ax in (left, right):
+        ticks = sorted({d for _, d in found})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.set_xlabel("dimensions d")
+    left.set(ylabel="overlap of x_t and x̂_t at t = ½", ylim=(0, 1))
+    right.axhline(1, color="#cccccc", lw=1)
+    right.set_yscale("log")
+    right.set_yticks([1, 2, 5, 10, 20], [1, 2, 5, 10, 20])
+    right.minorticks_off()
+    right.set_ylabel("energy distance of two steps ÷ of one")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    toy_2d.write_figure(path, figure, 80)
+    plt.close(figure)
+
+
+# ═══ 5. The program ═══════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """What is run, and where it goes."""
+
+    seeds: tuple = (0, 1, 2)  # seeds
+    dimensions: tuple = (2, 8, 32, 128, 512)  # numbers of dimensions: 2, or 4 and more
+    samples: int = 5000  # points in the evaluation
+    quick: bool = False  # one seed, up to 32 dimensions, a twentieth of the updates, 1000 samples, into runs/quick
+    share: float = 1.0  # part of the updates that is made
+    workers: int = os.cpu_count() or 1  # runs side by side, one thread each
+    runs: str = "runs/dimension"  # folder of the finished runs, which are read back
+    out: str = "results/dimension"  # path of the results, without .md, .csv and .png
+
+    def __post_init__(self):
+        common.check_values(self, "seeds", "dimensions")
+        for d in self.dimensions:
+            require(d > 0, f"dimensions must be positive, not {d}")
+            growth.mixture(d)
+        require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
+        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
+        require(self.samples >= 16, f"samples must be at least 16, not {self.samples}")
+
+
+QUICK = {"seeds": [0], "dimensions": [2, 8, 32], "samples": 1000, "share": 0.05, "out": "runs/quick"}
+LEGEND = """Energy distance ×10³ of the student after 1, 2, 4 and 8 Euler steps, mean ± sd over the seeds. A truly
+random sample is at 0, with the deviation "floor's sd". 2 ÷ 1: the mean of two steps over that of one. Overlap: how
+much of the densities of x_t and of x̂_t at t = ½ lies in both, at most."""
+
+
+def dimension_command(argv: list[str]) -> None:
+    """How much worse two steps are than one, and how far x_t and x̂_t overlap, in 2 to 512 dimensions."""
+    (given,) = toy_2d.cli(argv, dimension_command.__doc__, Dimension())
+    if given.get("quick"):
+        given = {**QUICK, **given}
+    settings = Dimension(**given)
+    cells = []
+    paths = []
+    for d in settings.dimensions:
+        for losses in LOSSES:
+            for seed in settings.seeds:
+                cell = {"d": d, "losses": losses, "seed": seed, "share": settings.share, "samples": settings.samples}
+                mark = common.fingerprint(cell, TEACHER, LOSSES[losses])  # all that a run depends on
+                cells.append(cell)
+                paths.append(Path(settings.runs, f"{common.slug(d, losses, seed)}-{mark}.json"))
+    common.open_out(settings.out)
+    results = common.run_cells(measure, cells, paths, settings.workers)
+
+    toy_2d.write_csv(f"{settings.out}.csv", results)
+    seeds = ", ".join(str(seed) for seed in settings.seeds)
+    machines = "; ".join(sorted({run["machine"] for run in results}))
+    about = f"Seeds {seeds}; {settings.samples} samples; {machines}."
+    common.write_report(settings.out, "experiments.dimension", argv, [LEGEND, about, "", *table(results)])
+    draw(results, f"{settings.out}.png")
+
+
+def main(argv=None) -> int:
+    """Run the program; returns its exit code."""
+    return toy_2d.main(argv, {"dimension": dimension_command}, "dimension", "experiments.dimension")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
