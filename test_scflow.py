@@ -3109,6 +3109,7 @@ def test_a_critic_with_r1_is_not_compiled(album, tmp_path, compiled):
 
 PRESETS = {
     "two_phase": {"self", "adv", "critic"},
+    "large": {"self", "adv", "critic", "r1"},
     "paper": {"consistency", "adv", "self", "bi", "critic", "r1"},
 }
 

@@ -3,6 +3,7 @@
     python -m experiments.speed --points --out results/speed-points    the updates of toy_2d.py, one thread
     python -m experiments.speed                                        those of a small DiT on latents
     python -m experiments.speed --sizes S B --device cuda              larger ones, on a GPU
+    python -m experiments.speed --plan --out results/plan              operations and memory of the GPU's presets
 
 The variants of an update take turns in one process, so that what else the machine does slows all of them.
 """
@@ -11,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -231,7 +233,91 @@ def compare(network: str, settings, variants: dict[str, Variant], asked) -> list
     return rows
 
 
-# ═══ 4. The program ═══════════════════════════════════════════════════════════════════════
+# ═══ 4. A plan: what training on a GPU takes, counted on a CPU ════════════════════════════
+
+LATENTS = {"128 px, TAEF2": (32, 16, 16), "256 px, sd-vae-ft-mse": (4, 32, 32)}
+ROWS = 4  # of an update that is counted; operations and activations grow with the rows
+
+
+def activation_bytes(function) -> int:
+    """Bytes of all that autograd keeps during function(), each tensor once, weights not counted.
+
+    What is freed before the end counts too, and a compiled network keeps less. So this is an upper bound.
+    """
+    sizes = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    return sum(sizes.values())
+
+
+def plan_row(size: str, latents: str, name: str, settings) -> dict:
+    """Operations and memory of a training run with these settings, from one update of ROWS rows."""
+    torch.manual_seed(0)
+    net = scflow.DiT(LATENTS[latents], 2, **celeba_latent.SIZES[size])
+    critic = scflow.LatentCritic(LATENTS[latents])
+    for network in (net, critic):
+        celeba_latent.place(network, "cpu", "bf16")
+
+    def batch(n, generator):
+        return torch.randn(n, *LATENTS[latents], generator=generator), None
+
+    if isinstance(settings, TeacherSettings):
+        updates = settings.teacher_steps
+        rows = settings.teacher_batch
+        settings = replace(settings, teacher_batch=ROWS)
+        copies = 5  # weights, gradient, two moments of Adam, average
+        parameters = copies * count_parameters(net)
+    else:
+        updates = settings.steps
+        rows = settings.batch
+        source = "ema" if settings.self_source == "frozen" else settings.self_source  # no phase comes before it here
+        settings = replace(settings, batch=ROWS, self_source=source, r1=0.0)  # the counter fails at R1
+        copies = 8  # beside these the teacher, the target and the frozen copy
+        parameters = copies * count_parameters(net) + 4 * count_parameters(critic)
+    loop = training(settings, Variant(), net, critic, batch, "cpu")
+    activations = activation_bytes(partial(next, loop))
+    flops = count_flops(next, loop) / ROWS
+    return {
+        "size": size,
+        "latents": latents,
+        "update": name,
+        "updates": updates,
+        "rows": rows,
+        "GFLOP a row": flops / 1e9,
+        "PFLOP": flops * rows * updates / 1e15,
+        "GB": (4 * parameters + activations * rows / ROWS) / 1e9,
+    }
+
+
+def count_parameters(net: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def plan() -> list[str]:
+    """The lines of a table: for each network of a GPU the training of its teacher, and both phases of its student."""
+    lines = []
+    for size, latents in (("S", "128 px, TAEF2"), ("S", "256 px, sd-vae-ft-mse"), ("B", "256 px, sd-vae-ft-mse")):
+        first, last = celeba_latent.SCHEDULES["large"]
+        for name, settings in (("teacher", celeba_latent.TEACHERS[size]), ("phase 1", first), ("phase 2", last)):
+            row = plan_row(size, latents, name, settings)
+            lines.append([f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()])
+    return common.markdown(list(row), lines)
+
+
+PLAN = """Training with the presets for a GPU, counted on a CPU in bf16, not run. PFLOP: of all updates. GB: weights,
+gradients, moments and averages in float32, and all that autograd keeps during an update, not compiled. R1 is not
+counted."""
+
+
+# ═══ 5. The program ═══════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
@@ -239,6 +325,7 @@ class Speed:
     """What is timed, and where."""
 
     points: bool = False  # the updates of toy_2d.py, one thread, in place of those on latents
+    plan: bool = False  # operations and memory of the presets for a GPU; nothing is timed
     sizes: tuple = ("small",)  # networks of celeba_latent.py: small, S, B
     batch: int = 0  # rows per update; 0 is 32 latents, or as many points as toy_2d.py takes
     rounds: int = 5  # rounds; each times every variant, forth and back
@@ -281,6 +368,9 @@ def speed_command(argv: list[str]) -> None:
     asked = Speed(**given)
     device = asked.device
     common.open_out(asked.out)
+    if asked.plan:
+        common.write_report(asked.out, "experiments.speed", argv, [PLAN, "", *plan()])
+        return
     if asked.points:
         torch.set_num_threads(1)
     variants = ON_CUDA if device.startswith("cuda") and not asked.points else ON_CPU

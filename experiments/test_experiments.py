@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -815,6 +815,41 @@ def test_updates_are_timed(kind, updates, here, monkeypatch):
         share = measures["flops"] / 1e9 / (2 if ours else 3)
         assert row["share"] == f"{share:.1%}"
     assert "moved by 5%" in read("results/speed.md")
+
+
+def test_kept_bytes_are_counted_once_and_without_weights():
+    """Of y = W·x and y²: x and y are kept, W is not. The second tensor is used twice, and is one."""
+    layer = torch.nn.Linear(100, 50)
+    x = torch.randn(10, 100)
+
+    def forward():
+        y = layer(x)
+        return (y * y).sum()
+
+    assert speed.activation_bytes(forward) == 4 * (10 * 100 + 10 * 50)
+
+
+def test_a_plan_grows_with_rows_and_updates(monkeypatch):
+    """Twice the rows: as many operations a row, and twice in all. The weights' part of the memory does not grow."""
+    monkeypatch.setitem(celeba_latent.SIZES, "S", dict(dim=32, depth=1, heads=2))
+    for settings in (celeba_latent.TEACHERS["S"], celeba_latent.SCHEDULES["large"][1]):
+        once = speed.plan_row("S", "128 px, TAEF2", "update", settings)
+        field = "teacher_batch" if "teacher_batch" in vars(settings) else "batch"
+        double = replace(settings, **{field: 2 * getattr(settings, field)})
+        twice = speed.plan_row("S", "128 px, TAEF2", "update", double)
+        assert twice["GFLOP a row"] == once["GFLOP a row"]
+        assert twice["PFLOP"] == pytest.approx(2 * once["PFLOP"], rel=1e-9)
+        assert once["GB"] < twice["GB"] < 2 * once["GB"]
+
+
+def test_the_plan_names_every_run(here, monkeypatch):
+    """Three networks, each with its teacher and both phases of its student."""
+    for size in ("S", "B"):
+        monkeypatch.setitem(celeba_latent.SIZES, size, dict(dim=32, depth=1, heads=2))
+    assert run(speed, "--plan", "--out", "plan") == 0
+    rows = tables(read("plan.md"))
+    assert [row["update"] for row in rows] == ["teacher", "phase 1", "phase 2"] * 3
+    assert all(float(row["PFLOP"]) > 0 for row in rows)
 
 
 # ═══ captions.py ════════════════════════════════════════════════════════════════════════════
