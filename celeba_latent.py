@@ -1471,7 +1471,7 @@ class Evaluate(Device):
     latents: str = ""  # latents folder; without it the teacher's
     count: int = 5000  # samples of each network
     seed: int = 0  # seed of the noise
-    fid: str = ""  # the pictures that were encoded: also InceptionV3 FID (needs torch-fidelity and its weights)
+    fid: str = ""  # the pictures that were encoded: also FID, of 30,000 samples (needs torch-fidelity and its weights)
     trust_autoencoder: str = ""  # name of a diffusers autoencoder that may be fetched from a hub
 
     def __post_init__(self):
@@ -1510,10 +1510,11 @@ def evaluate(asked: Evaluate) -> None:
     decoded = codec.decode(data.normalised(some))
     rows = [{"who": "autoencoder", **measure(*features_of(decoded, device))}]
 
-    noise = torch.randn(n, *data.shape, generator=generator)
+    count = max(n, FID_SAMPLES) if asked.fid else n
+    noise = torch.randn(count, *data.shape, generator=generator)
     cond = None
     if data.attributes:  # asked for as often as they are found
-        drawn = torch.randint(len(data.train), (n,), generator=generator)
+        drawn = torch.randint(len(data.train), (count,), generator=generator)
         cond = data.cond(data.train[drawn])
     networks = {"teacher": (teacher, (1, 50)), "student": (student, (1, 2, 4, 8))}
     scale = read_run(folder / "student.pt", "student")["plan"]["guidance"]
@@ -1526,11 +1527,10 @@ def evaluate(asked: Evaluate) -> None:
         one_step = generate(net, noise, 1, codec, cond=cond)
         for steps in counts:
             pictures = one_step if steps == 1 else generate(net, noise, steps, codec, cond=cond)
-            features = features_of(pictures, device)
+            features = features_of(pictures[:n], device)
             distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
-            gap = toy_2d.rms_distance(pictures / 255, one_step / 255)
             row = {"who": who, "nfe": 2 * steps if "guided" in who else steps, **measure(*features)}
-            row["gap"] = gap / math.sqrt(one_step[0].numel())  # of a number, not of a picture
+            row["gap"] = pixel_gap(pictures[:n], one_step[:n])
             row["novelty"] = (distance.median() / usual).item()
             if asked.fid:
                 row["fid"] = inception_fid(pictures, data, asked.fid)
@@ -1554,6 +1554,14 @@ def evaluate(asked: Evaluate) -> None:
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     write_text(folder / "metrics.md", text)
     print(text)
+
+
+def pixel_gap(a: Tensor, b: Tensor) -> float:
+    """RMS difference of the values, in [0,1], of pictures uint8 (N,3,S,S); a few at a time, as memory is finite."""
+    total = 0.0
+    for x, y in zip(a.split(500), b.split(500)):
+        total += (x.float() - y.float()).square().sum().item()
+    return math.sqrt(total / a.numel()) / 255
 
 
 def floor_of(measure: PictureMeasure, data: Latents, n: int, generator) -> tuple[dict, Tensor]:
@@ -1607,17 +1615,31 @@ def fidelity():
     return calculate_metrics
 
 
-def inception_fid(pictures: Tensor, data: Latents, images) -> float:
-    """FID of uint8 pictures to the held-out originals, by torch-fidelity (InceptionV3 at 299 px, its own resize)."""
-    from torch.utils.data import Subset
+class Originals(torch.utils.data.Dataset):
+    """The pictures uint8 (3,size,size) of these names, each read when it is asked for."""
 
-    names = [data.meta["sources"][i] for i in data.held_out.tolist()]
-    found = Pictures(images).read_all(names, data.meta["size"])
-    for name, picture in zip(names, found):
-        require(not isinstance(picture, str), f"{name} in {images} {picture}")
-    real = torch.stack(found)
-    ours = Subset(pictures, range(len(pictures)))
-    theirs = Subset(real, range(len(real)))
+    def __init__(self, images, names: list[str], size: int):
+        self.pictures = Pictures(images)
+        self.names = names
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Tensor:
+        picture = self.pictures.read(self.names[i], self.size)
+        require(not isinstance(picture, str), f"{self.names[i]} in {self.pictures.path} {picture}")
+        return picture
+
+
+FID_SAMPLES = 30000  # a covariance of 2048 features from fewer samples is too far off, and FID too high
+
+
+def inception_fid(pictures: Tensor, data: Latents, images) -> float:
+    """FID of uint8 pictures to all training pictures, by torch-fidelity (InceptionV3 at 299 px, its own resize)."""
+    names = [data.meta["sources"][i] for i in data.train.tolist()]
+    theirs = Originals(images, names, data.meta["size"])
+    ours = torch.utils.data.Subset(pictures, range(len(pictures)))
     metrics = fidelity()(input1=ours, input2=theirs, fid=True, verbose=False)
     return metrics["frechet_inception_distance"]
 

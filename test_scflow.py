@@ -3465,8 +3465,8 @@ def test_the_floor_needs_as_many_training_pictures_as_samples(demo, capsys):
     assert contents(demo) == before
 
 
-def test_fid_is_taken_between_samples_and_held_out_originals(album, monkeypatch):
-    """The library gets rows uint8 (3,S,S): all samples, and the held-out pictures themselves."""
+def test_fid_is_taken_between_samples_and_training_pictures(album, monkeypatch):
+    """The library gets rows uint8 (3,S,S): all samples, and the training pictures themselves."""
     given = {}
 
     def calculate_metrics(input1, input2, fid, verbose):
@@ -3480,10 +3480,29 @@ def test_fid_is_taken_between_samples_and_held_out_originals(album, monkeypatch)
     pictures = drawings(7)
     assert celeba_latent.inception_fid(pictures, data, album / "pictures") == 12.5
     assert torch.equal(given["ours"], pictures)
-    assert torch.equal(given["theirs"], originals(album, data)[data.held_out])
+    assert torch.equal(given["theirs"], originals(album, data)[data.train])
 
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if it were not installed
     refused(celeba_latent.inception_fid, pictures, data, album / "pictures", match="pip install torch-fidelity")
+
+
+def test_fid_takes_its_own_number_of_samples(demo, album, tmp_path, monkeypatch):
+    """All that are drawn, which are more than the other measures take. Its values stand in the table."""
+    counts = []
+
+    def fid(pictures, data, images):
+        counts.append(len(pictures))
+        return 12.5
+
+    monkeypatch.setattr(celeba_latent, "FID_SAMPLES", 1100)
+    monkeypatch.setattr(celeba_latent, "fidelity", lambda: None)
+    monkeypatch.setattr(celeba_latent, "inception_fid", fid)
+    run = tmp_path / "run"
+    shutil.copytree(demo, run)
+    assert faces("evaluate", "--out", run, "--count", 1000, "--fid", album / "pictures") == 0
+    assert counts == [1100] * 6
+    assert "1000 samples" in (run / "metrics.md").read_text()
+    assert "12.5" in (run / "metrics.md").read_text()
 
 
 # ═══ celeba_latent.py 10: commands and bad input ════════════════════════════════════════════
