@@ -1018,7 +1018,7 @@ PAPER = Phase(
     steps=168750,
     batch=32,
     lr=2e-5,
-    lr_course="constant",
+    lr_fall="none",
     lr_critic=1e-4,
     lambda_adv=0.1,
     lambda_self=0.1,
@@ -1393,14 +1393,14 @@ class Sample(Device):
     solver: Literal["euler", "heun", "renoise"] = "euler"  # sampler
     count: int = 64  # pictures
     seed: int = 0  # seed of the noise
-    file: str = "samples.png"  # grid .png, or .npz of an array (N,S,S,3); -STEPS is added to the name
+    file: str = "samples.png"  # grid .png or .jpg, or .npz of an array (N,S,S,3); -STEPS is added to the name
     trust_autoencoder: str = ""  # name of a diffusers autoencoder that may be fetched from a hub
 
     def __post_init__(self):
         super().__post_init__()
         require(min(self.steps) > 0, f"steps must be positive, not {min(self.steps)}")
-        good = Path(self.file).suffix in (".png", ".npz")
-        require(good, f"--file must end in .png or .npz, not {self.file!r}")
+        good = Path(self.file).suffix in (".png", ".jpg", ".npz")
+        require(good, f"--file must end in .png, .jpg or .npz, not {self.file!r}")
 
 
 def sample_command(argv) -> None:
@@ -1427,7 +1427,7 @@ def sample_command(argv) -> None:
             if path.suffix == ".npz":
                 np.savez_compressed(temporary, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
             else:
-                Image.fromarray(grid(pictures)).save(temporary)
+                Image.fromarray(grid(pictures)).save(temporary, quality=90)  # of a .jpg
         evaluations = toy_2d.plural(scflow.nfe(steps, asked.solver), "network evaluation")
         print(f"{path}: {asked.count} pictures, {evaluations} each")
 

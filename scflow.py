@@ -367,7 +367,7 @@ class Phase:
     steps: int = 1100  # updates of the student
     batch: int = 512  # rows per update of the student
     lr: float = 4e-3  # AdamW learning rate of the student
-    lr_course: Literal["cosine", "constant"] = "cosine"  # after a rise of 50 updates it falls to 0, or stays
+    lr_fall: Literal["cosine", "none"] = "cosine"  # how it falls to 0, after a rise of 50 updates
     lr_critic: float = 1e-3  # AdamW learning rate of the critic, constant
     lambda_consistency: float = 1.0  # weight of the truncated consistency loss
     lambda_adv: float = 0.1  # weight of the adversarial loss
@@ -561,7 +561,7 @@ def distill(
             i = run.step - phase_start  # the update within the phase
             if i == 0 and phase_start > 0:  # the first update of a later phase
                 next_phase(run)
-            steps = phase.steps if phase.lr_course == "cosine" else math.inf
+            steps = phase.steps if phase.lr_fall == "cosine" else math.inf
             set_lr(run.opt, phase.lr * lr_factor(i, steps))
             set_lr(run.opt_critic, phase.lr_critic)
             x0, cond = batch(phase.batch, generator)

@@ -720,7 +720,7 @@ LOOPS = {
     "hinge": {},
     "softplus and R1": {"adversarial": "softplus", "r1": 0.5},
     "pinned and judged": {"pinned": 0.25, "judged": 0.5},
-    "heun, warm-up, constant rate": {"walk": "heun", "warmup": 1, "lr_course": "constant"},
+    "heun, warm-up, constant rate": {"walk": "heun", "warmup": 1, "lr_fall": "none"},
 }
 
 
@@ -746,7 +746,7 @@ def test_distillation_equals_a_hand_written_loop(name):
             hand.target = copy.deepcopy(hand.ema)
             hand.frozen = copy.deepcopy(hand.ema)
             opt = adamw_by_hand(hand.student)
-        fall = 1 if p.lr_course == "constant" else (1 + math.cos(math.pi * i / p.steps)) / 2
+        fall = 1 if p.lr_fall == "none" else (1 + math.cos(math.pi * i / p.steps)) / 2
         opt.param_groups[0]["lr"] = p.lr * (i + 1) / 50 * fall
         opt_critic.param_groups[0]["lr"] = p.lr_critic
         x0, label = labelled(p.batch, generator)
