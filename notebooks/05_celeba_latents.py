@@ -119,7 +119,7 @@ assert ours > trivial + 8
 #
 # The DiT cuts the latent into patches, one token each; every block lets the tokens look at each other, and the time t
 # sets scale, shift and gate of the block. The best linear guess of the velocity is given, and the blocks add what is
-# left. They start at zero: untrained, the velocity is that of normal latents, and a step from t = 1 lands at their mean, 0.
+# left. They start at zero: untrained, the velocity is that of normal latents, and a step from t = 1 lands at 0.
 
 # %%
 shape = tuple(latents.shape[1:])
