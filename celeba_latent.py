@@ -1003,7 +1003,7 @@ SIZES = {
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
 }
-# For the demo, a plain perceptron: the components of a PicturePCA have no places, and so make no tokens.
+# For the demo, a plain perceptron: components of whole pictures have no place in them, and so make no tokens.
 PERCEPTRON = dict(width=512, depth=3, x_frequencies=0)
 TEACHERS = {
     "demo": TeacherSettings(teacher_steps=6000, teacher_batch=256, teacher_lr=2e-3),
@@ -1012,8 +1012,8 @@ TEACHERS = {
     "B": TeacherSettings(80000, 128, 2e-4, teacher_rise=1000, teacher_clip=1.0, teacher_times="logit-normal"),
 }  # S and B are planned for a GPU, and were never run
 
-# The reference's settings for CelebA-HQ 256: a batch of 32 a GPU, 200 epochs of 27,000 pictures. Only the critic's
-# AdamW has betas of our own.
+# The reference's settings for CelebA-HQ 256: 200 epochs of 27,000 pictures in batches of 32, on one GPU. Two things are
+# ours: the rate rises over 50 updates, and the critic's AdamW has the betas 0.5 and 0.99.
 PAPER = Phase(
     steps=168750,
     batch=32,
@@ -1030,9 +1030,10 @@ PAPER = Phase(
     adversarial="softplus",
     r1=1.0,
 )
-# This project's schedule: distil first, straighten last (see scflow.SCHEDULES). Found on photographs of 64 pixels.
+# This project's schedule, as in scflow.SCHEDULES: distil first, self-correct last. Photographs need a weak critic in
+# both phases.
 FIRST = Phase(
-    steps=4000,
+    steps=3200,
     batch=32,
     lr=5e-4,
     lr_critic=2e-4,
@@ -1045,7 +1046,7 @@ FIRST = Phase(
     judged=0.5,
 )
 LAST = Phase(
-    steps=1500,
+    steps=1200,
     batch=64,
     lr=2e-4,
     lr_critic=2e-4,
@@ -1063,7 +1064,7 @@ DEMO = (
     replace(FIRST, steps=2800, batch=256, lr=2e-3, lambda_adv=0.0, delta=0.5, walk="heun-2"),
     replace(LAST, steps=800, batch=256, lr=1e-3),
 )
-# The same for S and B: rates of a third of their teachers', and R1, for a large critic learns few pictures by heart.
+# The same for S and B, with lower rates, and with R1, because a critic can learn few pictures by heart.
 LARGE = (
     replace(FIRST, steps=20000, batch=128, lr=1e-4, r1=1.0, judged=0.25),
     replace(LAST, steps=5000, batch=128, lr=5e-5, r1=1.0),

@@ -345,8 +345,8 @@ class TeacherSettings:
     teacher_steps: int = 1500  # updates of the teacher
     teacher_batch: int = 512  # rows per update of the teacher
     teacher_lr: float = 4e-3  # AdamW learning rate of the teacher: up along a line, then a cosine down to 0
-    teacher_rise: int = 50  # updates in which it rises
-    teacher_clip: float = 0.0  # largest norm of the gradient, which is shortened to it; 0: any
+    teacher_rise: int = 50  # updates in which the rate rises
+    teacher_clip: float = 0.0  # a gradient of a larger norm is shortened to this norm; 0: never
     teacher_drop: float = 0.1  # share of rows that lose their condition, if there is one: guidance needs both
     teacher_times: Literal["uniform", "logit-normal"] = "uniform"  # how t is drawn; logit-normal: rarely near 0 and 1
 
@@ -367,7 +367,7 @@ class Phase:
     steps: int = 1100  # updates of the student
     batch: int = 512  # rows per update of the student
     lr: float = 4e-3  # AdamW learning rate of the student
-    lr_fall: Literal["cosine", "none"] = "cosine"  # how it falls to 0, after a rise of 50 updates
+    lr_fall: Literal["cosine", "none"] = "cosine"  # the rate rises over 50 updates, and then falls to 0 or stays
     lr_critic: float = 1e-3  # AdamW learning rate of the critic, constant
     lambda_consistency: float = 1.0  # weight of the truncated consistency loss
     lambda_adv: float = 0.1  # weight of the adversarial loss
@@ -503,7 +503,7 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
         x1 = randn_like(x0, generator)
         t = rand_times(x0, generator)
         if settings.teacher_times == "logit-normal":
-            t = torch.special.ndtri(t).sigmoid()  # ndtri(t) is normal (Esser et al., 2024)
+            t = torch.special.ndtri(t).sigmoid()  # ndtri makes uniform numbers normal (Esser et al., 2024)
         xt = interpolate(x0, x1, t)
         if cond is not None:
             cond = drop(cond, settings.teacher_drop, generator)
@@ -965,9 +965,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer (Peebles & Xie, 2023) as the velocity of latents (B,C,H,W) of mean 0 and variance 1.
 
-    If they were normal, a·x_t with a = (2t−1)/σ_t² would be the velocity, and what is left of it has a standard
-    deviation of 1/σ_t, where σ_t² = (1−t)² + t² is the variance of x_t. So the transformer learns only what is left
-    (Karras et al., 2022): it need not carry the noise from its input to its output.
+    If they were normal, the velocity would be a·x_t with a = (2t−1)/σ_t², where σ_t² = (1−t)² + t² is the variance of
+    x_t. Around this line x₁ − x₀ has a standard deviation of 1/σ_t. So the transformer learns only the rest, in units
+    of 1/σ_t (Karras et al., 2022): it need not carry the noise from its input to its output.
     """
 
     precision = torch.float32  # of the computation, or torch.bfloat16 where the device is fast at it
@@ -1000,7 +1000,7 @@ class DiT(nn.Module):
         return (2 * t - 1) / variance * x + rest / variance.sqrt()
 
     def transformer(self, x, t, cond):
-        """What is left of the velocity, in the network's own precision."""
+        """The rest of the velocity times σ_t, (B,C,H,W)."""
         h = self.embed(patchify(x, self.patch)) + self.positions  # (B,N,D)
         c = self.time(timestep_embedding(t, 256).to(x.dtype))  # (B,D)
         n = h.shape[1]

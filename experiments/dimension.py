@@ -3,11 +3,11 @@
     python -m experiments.dimension            mixtures in 2 to 512 dimensions, three seeds
     python -m experiments.dimension --quick    one seed, a twentieth of the updates, up to 32 dimensions
 
-In the plane, with all losses together at the reference's weights, two steps are much worse than one. The reason: where
-a point x_t of the data's paths lies among the points x̂_t of the student's own straight lines, consistency and
-self-correction ask one network for different values. The more dimensions, the easier it is to tell x_t from x̂_t.
-Then the network could answer both. This program measures both things: how far x_t and x̂_t overlap, and how much worse
-two steps are than one.
+In two dimensions, with all losses together at the reference's weights, two steps are much worse than one. The reason:
+points x_t between data and noise lie among points x̂_t of the student's own straight lines. There consistency and
+self-correction ask one network for different values. In more dimensions x_t and x̂_t may be easier to tell apart, and
+one network could satisfy both losses. This program measures how far they overlap, and how much worse two steps are than
+one.
 """
 
 import os
@@ -30,7 +30,7 @@ from scflow import require
 class Velocity(nn.Module):
     """v(x,t) = g·x + r. A perceptron finds the number g and the vector r from x, ‖x‖/√d and t.
 
-    In many dimensions most of a velocity is a multiple of x. It would not pass through layers narrower than x.
+    In many dimensions most of a velocity is a multiple of x, which layers narrower than x cannot carry.
     """
 
     def __init__(self, d: int, width: int = 256):
@@ -51,23 +51,23 @@ def with_norm(x: Tensor) -> Tensor:
     return torch.cat([x, norm], 1)
 
 
-PAPER = scflow.Phase(batch=256)  # the reference's weights, δ and τ
+JOINT = scflow.Phase(batch=256)  # the reference's weights, δ and τ
 LOSSES = {
-    "consistency": replace(PAPER, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0),
-    "joint, hinge": PAPER,
-    "joint, softplus and R1": replace(PAPER, adversarial="softplus", r1=1.0),
+    "consistency": replace(JOINT, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0),
+    "joint, hinge": JOINT,
+    "joint, softplus and R1": replace(JOINT, adversarial="softplus", r1=1.0),
 }
-TEACHER = scflow.TeacherSettings(teacher_steps=1500, teacher_batch=256)  # of the network that a student starts from
+START = scflow.TeacherSettings(teacher_steps=1500, teacher_batch=256)  # fits the student's first weights
 
 
 # ═══ 2. The overlap ═══════════════════════════════════════════════════════════════════════
 
 
-def overlap(draw, updates: int, generator) -> float:
+def overlap(draw, updates: int) -> float:
     """How much of two densities p and q lies in both, ∫min(p,q): 1 for equal ones, 0 where they never meet.
 
-    It is the sum of the shares that the best classifier gets wrong. Ours is a perceptron. It may err more often than
-    the best one, so that the true overlap is at most this.
+    It is the error rate of the best classifier on p plus that on q. Ours is a perceptron with the hinge loss. It may
+    err more often than the best one, so that the true overlap is at most this.
 
     draw  callable (n) → rows of p and of q, (n,d) each.
     """
@@ -107,7 +107,7 @@ def halfway(student, batch, generator):
 
 
 def measure(d: int, losses: str, seed: int = 0, share: float = 1.0, samples: int = 5000) -> dict:
-    """Distil the exact velocity of eight Gaussians in d dimensions; `share` of the updates.
+    """Distil a teacher that is exact, the velocity of eight Gaussians in d dimensions; `share` of the updates.
 
     Returns energy distances ("student 4" is that of four steps), the noise floor and the overlap.
     """
@@ -116,7 +116,7 @@ def measure(d: int, losses: str, seed: int = 0, share: float = 1.0, samples: int
     data = growth.mixture(d)
     batch = toy_2d.batches(data)
     net = Velocity(d)
-    fit = replace(TEACHER, teacher_steps=round(share * TEACHER.teacher_steps))
+    fit = replace(START, teacher_steps=round(share * START.teacher_steps))
     for run in scflow.train_teacher(net, batch, generator, fit, oracle=data):
         start = run.ema
     schedule = scflow.rescale((LOSSES[losses],), round(share * LOSSES[losses].steps))
@@ -135,7 +135,7 @@ def measure(d: int, losses: str, seed: int = 0, share: float = 1.0, samples: int
     noise = torch.randn(samples, d, generator=generator)
     for steps in (1, 2, 4, 8):
         found[f"student {steps}"] = energy(scflow.sample(student, noise, steps))
-    found["overlap"] = overlap(halfway(student, batch, generator), round(share * 1000), generator)
+    found["overlap"] = overlap(halfway(student, batch, generator), round(share * 1000))
     found["machine"] = toy_2d.machine()
     return found
 
@@ -154,7 +154,7 @@ def cases(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
 
 
 def ratio(runs: list[dict]) -> float:
-    """How many times farther from the data two steps end than one, by the means over the seeds."""
+    """The energy distance of two steps over that of one, each a mean over the seeds."""
     one = np.mean([run["student 1"] for run in runs])
     two = np.mean([run["student 2"] for run in runs])
     return two / one
@@ -167,19 +167,20 @@ def table(results: list[dict]) -> list[str]:
         cells = [losses, str(d)]
         for steps in (1, 2, 4, 8):
             cells.append(common.mean_sd([run[f"student {steps}"] for run in runs], 1e3))
-        floor = np.mean([run["floor sd"] for run in runs])
-        cells.append(f"{1e3 * floor:.2f}")
+        floor = np.mean([run["floor"] for run in runs])
+        sd = np.mean([run["floor sd"] for run in runs])
+        cells.append(f"{1e3 * floor:.2f} ± {1e3 * sd:.2f}")
         cells.append(f"{ratio(runs):.1f}")
         cells.append(common.mean_sd([run["overlap"] for run in runs]))
         lines.append(cells)
-    return common.markdown(["losses", "d", "1 step", "2", "4", "8", "floor's sd", "2 ÷ 1", "overlap"], lines)
+    return common.markdown(["losses", "d", "1 step", "2", "4", "8", "floor", "2 ÷ 1", "overlap"], lines)
 
 
 COLOURS = ("#999999", "#0072B2", "#D55E00")
 MARKERS = ("o", "s", "D")
 
 
-def draw(results: list[dict], path) -> None:
+def plot(results: list[dict], path) -> None:
     """Left: the overlap against d. Right: how much worse two steps are than one, against d."""
     plt = toy_2d.drawing()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -228,17 +229,16 @@ class Dimension:
     def __post_init__(self):
         common.check_values(self, "seeds", "dimensions")
         for d in self.dimensions:
-            require(d > 0, f"dimensions must be positive, not {d}")
-            growth.mixture(d)
+            require(d == 2 or d >= 4, f"dimensions are 2, or 4 and more, not {d}")
         require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
         require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
         require(self.samples >= 16, f"samples must be at least 16, not {self.samples}")
 
 
 QUICK = {"seeds": [0], "dimensions": [2, 8, 32], "samples": 1000, "share": 0.05, "out": "runs/quick"}
-LEGEND = """Energy distance ×10³ of the student after 1, 2, 4 and 8 Euler steps, mean ± sd over the seeds. A truly
-random sample is at 0, with the deviation "floor's sd". 2 ÷ 1: the mean of two steps over that of one. Overlap: how
-much of the densities of x_t and of x̂_t at t = ½ lies in both, at most."""
+LEGEND = """Energy distance ×10³ of the student after 1, 2, 4 and 8 Euler steps, mean ± sd over the seeds; floor: that
+of true samples. 2 ÷ 1: the mean of two steps over that of one. Overlap: an upper bound for the part that the densities
+of x_t and x̂_t at t = ½ share."""
 
 
 def dimension_command(argv: list[str]) -> None:
@@ -253,7 +253,7 @@ def dimension_command(argv: list[str]) -> None:
         for losses in LOSSES:
             for seed in settings.seeds:
                 cell = {"d": d, "losses": losses, "seed": seed, "share": settings.share, "samples": settings.samples}
-                mark = common.fingerprint(cell, TEACHER, LOSSES[losses])  # all that a run depends on
+                mark = common.fingerprint(cell, START, LOSSES[losses])  # all that a run depends on
                 cells.append(cell)
                 paths.append(Path(settings.runs, f"{common.slug(d, losses, seed)}-{mark}.json"))
     common.open_out(settings.out)
@@ -264,7 +264,7 @@ def dimension_command(argv: list[str]) -> None:
     machines = "; ".join(sorted({run["machine"] for run in results}))
     about = f"Seeds {seeds}; {settings.samples} samples; {machines}."
     common.write_report(settings.out, "experiments.dimension", argv, [LEGEND, about, "", *table(results)])
-    draw(results, f"{settings.out}.png")
+    plot(results, f"{settings.out}.png")
 
 
 def main(argv=None) -> int:

@@ -598,7 +598,7 @@ def test_the_overlap_is_that_of_the_closed_form(apart):
         return torch.randn(n, 2, generator=generator), mean + torch.randn(n, 2, generator=generator)
 
     expected = 2 * torch.special.ndtr(torch.tensor(-apart / 2))
-    assert abs(dimension.overlap(draw, 300, generator) - expected) < 0.03
+    assert abs(dimension.overlap(draw, 300) - expected) < 0.03
 
 
 def test_what_overlaps_are_points_of_two_kinds_of_paths():
