@@ -244,17 +244,17 @@ def activation_bytes(function) -> int:
 
     What is freed before the end counts too, and a compiled network keeps less. So this is an upper bound.
     """
-    sizes = {}
+    kept = {}  # the memory itself, so that no address is used twice
 
     def keep(tensor):
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
-    return sum(sizes.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def plan_row(size: str, latents: str, name: str, settings) -> dict:
