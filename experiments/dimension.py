@@ -71,8 +71,8 @@ def overlap(draw, updates: int) -> float:
 
     draw  callable (n) → rows of p and of q, (n,d) each.
     """
-    p, q = draw(512)
-    classifier = scflow.PointCritic(p.shape[1] + 1, 256)
+    one, _ = draw(1)
+    classifier = scflow.PointCritic(one.shape[1] + 1, 256)
     opt = scflow.adamw(classifier, 1e-3)
     for i in range(updates):
         scflow.set_lr(opt, 1e-3 * scflow.lr_factor(i, updates))
@@ -83,8 +83,9 @@ def overlap(draw, updates: int) -> float:
         opt.step()
     p, q = draw(10000)
     with torch.no_grad():
-        wrong = (classifier(with_norm(p)) < 0).double().mean() + (classifier(with_norm(q)) > 0).double().mean()
-    return min(1.0, wrong.item())
+        wrong_on_p = (classifier(with_norm(p)) < 0).double().mean()
+        wrong_on_q = (classifier(with_norm(q)) > 0).double().mean()
+    return min(1.0, (wrong_on_p + wrong_on_q).item())
 
 
 def halfway(student, batch, generator):

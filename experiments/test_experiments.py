@@ -622,7 +622,8 @@ def test_dimensions_are_measured_and_read_back(here, monkeypatch):
     assert run(dimension, *argv) == 0
     text = read("results/dimension.md")
     rows = tables(text)
-    assert [(row["losses"], row["d"]) for row in rows] == [(name, d) for name in dimension.LOSSES for d in ("2", "8")]
+    shown = [(row["losses"], row["d"]) for row in rows]
+    assert shown == [(name, d) for name in dimension.LOSSES for d in ("2", "8")]
     records = read_csv("results/dimension.csv")
     first = [record for record in records if record["losses"] == rows[0]["losses"] and record["d"] == "2"]
     one = [float(record["student 1"]) for record in first]
