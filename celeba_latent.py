@@ -1032,8 +1032,8 @@ PAPER = Phase(
     adversarial="softplus",
     r1=1.0,
 )
-# This project's schedule, as in scflow.SCHEDULES: distil first, self-correct last. Here a weak critic takes part in both
-# phases.
+# This project's schedule, as in scflow.SCHEDULES: distil first, self-correct last. Here a weak critic takes part
+# in both phases.
 FIRST = Phase(
     steps=3200,
     batch=32,
