@@ -1120,7 +1120,8 @@ def test_the_table_has_a_row_for_each_network(here, monkeypatch, capsys):
 # ═══ The documents ══════════════════════════════════════════════════════════════════════════
 
 README = read(HOUSE / "README.md")
-DOCUMENTS = [HOUSE / "README.md", HOUSE / "experiments/README.md", *sorted(HOUSE.glob("docs/*.md"))]
+FRONT = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
+DOCUMENTS = [*FRONT, HOUSE / "experiments/README.md"]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 EXPERIMENTS = (ablation, captions, dimension, growth, guidance, relatives, speed, tell_apart)
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
@@ -1143,8 +1144,10 @@ def blocks(text, language=""):
 
 
 def commands():
-    """The commands of all blocks, and those in the README's sentences, without `python`."""
-    found = re.findall(r"`python ([^`]*)`", README)
+    """The commands of all blocks, and those in the sentences of README and docs, without `python`."""
+    found = []
+    for document in FRONT:
+        found += re.findall(r"`python ([^`]*)`", read(document))
     for document in DOCUMENTS:
         for block in blocks(read(document)):
             found += re.findall(r"^(?:pip .* && )?python (.*)$", block, re.MULTILINE)
@@ -1181,10 +1184,13 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
-def test_an_example_of_the_readme_runs(number, finished, here):
-    """As it stands, after `python toy_2d.py`."""
-    code = blocks(README, "python")[number]
+EXAMPLES = [code for document in FRONT for code in blocks(read(document), "python")]
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_an_example_runs(number, finished, here):
+    """Of README and docs, as it stands, after `python toy_2d.py`."""
+    code = EXAMPLES[number]
     if "diffusers" in code:
         pytest.importorskip("diffusers")  # an optional extra
     shutil.copytree(finished, "runs/8gaussians")
