@@ -995,7 +995,91 @@ def read_arrays(folder: Path, meta: dict, mode: str = "r") -> dict[str, np.ndarr
     return arrays
 
 
-# ═══ 6. Training: sizes, schedules, speed, and a run that can be resumed ══════════════════
+# ═══ 6. Where networks start: what is known of normal latents ═════════════════════════════
+# If latents were normal, with mean m and covariance V·diag(λ)·Vᵀ, each component of y = Vᵀ(x_t − (1−t)m) would
+# be normal, too, of variance σ² = (1−t)²λ + t², and all would be known:
+#
+#     the velocity              v(x_t,t) = V(slope·y) − m         slope = (t − (1−t)λ) / σ²
+#     the flow map, t → 0       f(x_t,t) = V(√λ/σ·y) + m
+#     the map as a velocity     (x_t − f)/t = V(chord·y) − m      chord = (t(1+λ) − 2λ) / (σ(σ+√λ))
+#
+# Latents are not normal, and yet the map from noise to latents is nearly this one. So it is not learned.
+
+
+def slope(variance: Tensor, t: Tensor) -> Tensor:
+    """What the velocity multiplies a component with."""
+    return (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
+
+
+def chord(variance: Tensor, t: Tensor) -> Tensor:
+    """What the mean velocity from t to 0 multiplies a component with; at t = 0 it is the slope."""
+    deviation = ((1 - t) ** 2 * variance + t**2).sqrt()  # σ
+    return (t * (1 + variance) - 2 * variance) / (deviation * (deviation + variance.sqrt()))
+
+
+class NormalStart(nn.Module):
+    """A velocity network of latents, to which a closed form for normal latents is added.
+
+    net   the `arch` of the network.
+    form  "velocity" is for a DiT that becomes a teacher. A DiT holds the velocity of latents of variance 1, its
+          `slope(1,t)·x_t`; here the true mean and the leading components get theirs. The other components are left to
+          be learned: with nothing linear to find, a DiT finds nothing for a long time.
+          "map" is for a student. It starts from its teacher and chord − slope: from the flow map, not the velocity.
+    """
+
+    precision = torch.float32  # of the network; the closed form is computed in float32
+
+    def __init__(self, net: dict, components: int, form: str):
+        super().__init__()
+        self.arch = dict(name="NormalStart", net=net, components=components, form=form)
+        self.net = scflow.build(net)
+        self.form = form
+        size = math.prod(self.net.shape)
+        self.shape = self.net.shape
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("basis", torch.eye(size, components))
+        self.register_buffer("variance", torch.ones(components))
+
+    def fit(self, latents: Tensor) -> None:
+        """Set mean, basis and variances from latents (N,C,h,w)."""
+        flat = latents.flatten(1)
+        values, vectors = torch.linalg.eigh(torch.cov(flat.T))  # the largest come last
+        k = len(self.variance)
+        self.mean.copy_(flat.mean(0))
+        self.basis.copy_(vectors[:, -k:])
+        self.variance.copy_(values[-k:].clamp(min=1e-4))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity (B,C,h,w) at latents (B,C,h,w) and times (B,)."""
+        v = self.net(x, t, cond)
+        t = t[:, None]
+        y = (x.flatten(1) - (1 - t) * self.mean) @ self.basis  # (B,components)
+        if self.form == "velocity":
+            normal = slope(torch.ones_like(t), t)
+            change = ((slope(self.variance, t) - normal) * y) @ self.basis.T
+            change = change - (1 + (1 - t) * normal) * self.mean
+        else:
+            change = ((chord(self.variance, t) - slope(self.variance, t)) * y) @ self.basis.T
+        return v + change.reshape(x.shape)
+
+
+scflow.NETWORKS.update(NormalStart=NormalStart)
+
+
+def start_from_normal(net: nn.Module, latents: Tensor, form: str) -> nn.Module:
+    """The network in a NormalStart for these latents (N,C,h,w); as it is where they are too large, or too few."""
+    size = math.prod(net.shape)
+    few = 64 if form == "velocity" else 2048
+    components = min(few, size, len(latents) // 4)
+    if size > 8192 or components == 0:
+        return net
+    start = NormalStart(net.arch, components, form)
+    start.net.load_state_dict(net.state_dict())
+    start.fit(latents.cpu())
+    return start.to(latents.device)
+
+
+# ═══ 7. Training: sizes, schedules, speed, and a run that can be resumed ══════════════════
 
 # Networks by size, of 5, 33 and 130 million parameters, and how a teacher of that size is trained.
 SIZES = {
@@ -1120,7 +1204,8 @@ def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
     cuda = device.startswith("cuda")
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     if precision == "bf16" or (precision == "auto" and cuda):
-        net.precision = torch.bfloat16
+        for part in net.modules():  # whichever of them asks for it
+            part.precision = torch.bfloat16
     return net.to(device)
 
 
@@ -1135,7 +1220,8 @@ def compile_in_place(net: nn.Module) -> None:
     torch._dynamo.config.cache_size_limit = 64
     if isinstance(net, scflow.LatentCritic) and next(net.parameters()).is_cuda:
         net.to(memory_format=torch.channels_last)  # of convolutions; not compiled, it would gain nothing
-    for part in getattr(net, "blocks", [net]):  # the blocks of a DiT share their graphs: a twelfth of the wait
+    blocks = [part for part in net.modules() if isinstance(part, scflow.Block)]
+    for part in blocks or [net]:  # the blocks of a DiT share their graphs: a twelfth of the wait
         part.compile(dynamic=False)
 
 
@@ -1221,7 +1307,7 @@ class RunFile:
         self.rows.append(row)
 
 
-# ═══ 7. Teacher and student ═══════════════════════════════════════════════════════════════
+# ═══ 8. Teacher and student ═══════════════════════════════════════════════════════════════
 
 
 def generate(net, noise, steps, codec, solver="euler", batch=250, cond=None, generator=None) -> Tensor:
@@ -1289,6 +1375,7 @@ def teach(asked: Teach, settings: TeacherSettings) -> None:
         net = scflow.MLP(data.shape, **PERCEPTRON, tokens=data.tokens)
     else:
         net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.size], tokens=data.tokens)
+        net = start_from_normal(net, data.normalised(data.train, mirrored=True), "velocity")
     net = place(net, device, asked.precision)
     batch = data.batch(device)
     config = {"latents": asked.latents, "codec": codec_hash(codec.content), **asdict(settings)}
@@ -1344,6 +1431,10 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
         critic = scflow.PointCritic(math.prod(data.shape), 128, tokens=data.tokens)
     else:
         critic = scflow.LatentCritic(data.shape, tokens=data.tokens)
+    student = teacher
+    if asked.preset in ("two_phase", "large"):  # the paper's starts from the teacher
+        student = start_from_normal(teacher, data.normalised(data.train, device, mirrored=True), "map")
+        student = place(student, device, asked.precision)
     critic = place(critic, device, asked.precision)
     velocity = teacher
     if asked.guidance != 1:
@@ -1353,7 +1444,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     file = RunFile(folder, "student", asked, device, start)
     if file.state is None:
         file.rows = past["log"]
-    loop = scflow.distill(velocity, critic, batch, generator, schedule, student=teacher, resume=file.state)
+    loop = scflow.distill(velocity, critic, batch, generator, schedule, student=student, resume=file.state)
     kept = {"codec": codec.content, "attributes": data.attributes, "plan": plan}
     compiled = not wants_compile(asked, device)
     for run in file.follow(loop, total, **kept):
@@ -1383,7 +1474,7 @@ def require_no_other(student: Path, asked: Distill, plan: dict) -> None:
         require(same, f"--resume with another {words} than {student} was started with")
 
 
-# ═══ 8. Samples and measures ══════════════════════════════════════════════════════════════
+# ═══ 9. Samples and measures ══════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
@@ -1647,7 +1738,7 @@ def inception_fid(pictures: Tensor, data: Latents, images) -> float:
     return metrics["frechet_inception_distance"]
 
 
-# ═══ 9. The demo ══════════════════════════════════════════════════════════════════════════
+# ═══ 10. The demo ══════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import celeba_latent
 import scflow
 import toy_2d
-from celeba_latent import TRAITS, Codec, Latents, PatchPCA, PicturePCA, Pictures, TinyAutoencoder, draw_faces
+from celeba_latent import (
+    TRAITS,
+    Codec,
+    Latents,
+    NormalStart,
+    PatchPCA,
+    PicturePCA,
+    Pictures,
+    TinyAutoencoder,
+    draw_faces,
+    start_from_normal,
+)
 from scflow import (
     MLP,
     DiT,
@@ -3060,6 +3071,83 @@ def test_checkpoints_are_plain_and_complete(name, album):
     meta = scflow.read(album / "latents/meta.pt")
     for key, value in content["codec"].items():
         assert same(value, meta[key])
+
+
+# ─── Where networks start: normal latents ───
+
+
+def normal_latents():
+    """A mean (8,), variances (8,) and axes (8,8), and 4,000 latents (4000,2,2,2) that have them; a new DiT for them."""
+    mean = torch.randn(8, generator=gen(1))
+    variance = torch.logspace(1, -2, 8)
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=gen(2))).Q
+    x = torch.randn(4000, 8, generator=gen(3))
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly of covariance 1
+    latents = (mean + x * variance.sqrt() @ axes.T).view(-1, 2, 2, 2)
+    net = DiT((2, 2, 2), 1, dim=8, depth=1, heads=2)
+    return SimpleNamespace(mean=mean, variance=variance, axes=axes, latents=latents, net=net)
+
+
+@exact
+def test_the_start_of_a_teacher_is_the_velocity_of_normal_latents():
+    """Untrained, with all components, it carries noise x₁ to m + V√λ·Vᵀx₁, in 400 Heun steps (1e-3: their error)."""
+    normal = normal_latents()
+    teacher = NormalStart(normal.net.arch, 8, "velocity")
+    teacher.fit(normal.latents)
+    x1 = torch.randn(5, 8, generator=gen())
+    expected = normal.mean + (x1 @ normal.axes * normal.variance.sqrt()) @ normal.axes.T
+    found = sample(teacher, x1.view(-1, 2, 2, 2), 400, "heun")
+    assert (found.flatten(1) - expected).abs().max() < 1e-3
+
+
+@exact
+def test_a_teacher_has_the_leading_components_only():
+    """Three are as above; beyond them latents have variance 1, as a DiT starts. The mean is the true one everywhere."""
+    normal = normal_latents()
+    teacher = NormalStart(normal.net.arch, 3, "velocity")
+    teacher.fit(normal.latents)
+    scale = torch.cat([normal.variance[:3].sqrt(), torch.ones(5)])
+    x1 = torch.randn(5, 8, generator=gen())
+    expected = normal.mean + (x1 @ normal.axes * scale) @ normal.axes.T
+    found = sample(teacher, x1.view(-1, 2, 2, 2), 400, "heun")
+    assert (found.flatten(1) - expected).abs().max() < 1e-3
+
+
+@exact
+def test_the_start_of_a_student_is_the_flow_map_of_normal_latents():
+    """Around an exact teacher one step lands where the flow does, from t = 1 and from each t on its path."""
+    normal = normal_latents()
+    teacher = NormalStart(normal.net.arch, 8, "velocity")
+    teacher.fit(normal.latents)
+    student = start_from_normal(teacher, normal.latents, "map")
+    assert len(student.variance) == 8
+    x1 = torch.randn(5, 8, generator=gen())
+    expected = normal.mean + (x1 @ normal.axes * normal.variance.sqrt()) @ normal.axes.T
+    for t in (1.0, 0.6, 0.05, 0.0):
+        scale = ((1 - t) ** 2 * normal.variance + t**2).sqrt()
+        xt = (1 - t) * normal.mean + (x1 @ normal.axes * scale) @ normal.axes.T
+        found = predict_x0(student, xt.view(-1, 2, 2, 2), torch.full((5,), t))
+        assert (found.flatten(1) - expected).abs().max() < 1e-9
+
+
+def test_a_student_of_ours_starts_from_the_flow_map_and_the_papers_from_its_teacher(album, tmp_path):
+    """Both hold the teacher, whose DiT has a start of its own."""
+    run = taught(album, tmp_path / "run")
+    teacher = scflow.read(run / "teacher.pt")["arch"]
+    assert teacher["name"] == "NormalStart" and teacher["form"] == "velocity"
+    assert teacher["net"]["name"] == "DiT"
+    short = ["--student-steps", 4, "--student-batch", 8, "--quiet", "--overwrite"]
+    assert faces("distill", "--out", run, *short) == 0
+    ours = scflow.read(run / "student.pt")["arch"]
+    assert ours["form"] == "map" and ours["net"] == teacher
+    assert faces("distill", "--out", run, *short, "--preset", "paper", "--warmup", 1) == 0
+    assert scflow.read(run / "student.pt")["arch"] == teacher
+
+
+def test_three_latents_give_no_covariance_to_start_from():
+    """The network stays as it is."""
+    normal = normal_latents()
+    assert start_from_normal(normal.net, normal.latents[:3], "map") is normal.net
 
 
 @pytest.fixture
