@@ -1211,6 +1211,21 @@ def test_tables_are_those_of_the_results(document):
             assert any(row.items() <= other.items() for other in written), row
 
 
+@every_document
+def test_numbers_are_those_of_the_results(document):
+    """Each mean with its deviation stands in results/; each other number with two decimals there, or in the sources."""
+    results = "".join(read(path) for path in sorted((HOUSE / "results").rglob("*.md")))
+    code = "".join(read(path) for path in [*sources(), HOUSE / "pyproject.toml"])
+    text = read(document).replace("−", "-")
+    text = re.sub("^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", text)  # addresses
+    for pair in re.findall(r"-?\d[\d.]* ± \d[\d.]*", text):
+        assert pair in results, pair
+    for number in re.findall(r"(?<![\w.])\d+\.\d\d+(?![\w.]*\d)", text):
+        alone = rf"(?<![\d.]){re.escape(number)}(?!\d)"
+        assert re.search(alone, results) or re.search(alone, code), number
+
+
 def test_the_run_in_the_readme_is_that_of_the_results():
     """The table that `python toy_2d.py` prints, line by line."""
     metrics = toy_2d.read_json(HOUSE / "results/8gaussians/metrics.json")
