@@ -996,14 +996,15 @@ def read_arrays(folder: Path, meta: dict, mode: str = "r") -> dict[str, np.ndarr
 
 
 # ═══ 6. Where networks start: what is known of normal latents ═════════════════════════════
-# If latents were normal, with mean m and covariance V·diag(λ)·Vᵀ, each component of y = Vᵀ(x_t − (1−t)m) would
-# be normal, too, of variance σ² = (1−t)²λ + t², and all would be known:
+# If latents were normal, with mean m and covariance V·diag(λ)·Vᵀ, the components of y = Vᵀ(x_t − (1−t)m) would be
+# normal and independent, with variances σ² = (1−t)²λ + t². Then all would be known:
 #
 #     the velocity              v(x_t,t) = V(slope·y) − m         slope = (t − (1−t)λ) / σ²
-#     the flow map, t → 0       f(x_t,t) = V(√λ/σ·y) + m
+#     the flow map to t = 0     f(x_t,t) = V(√λ/σ·y) + m
 #     the map as a velocity     (x_t − f)/t = V(chord·y) − m      chord = (t(1+λ) − 2λ) / (σ(σ+√λ))
 #
-# Latents are not normal, and yet the map from noise to latents is nearly this one. So it is not learned.
+# The slope belongs to the tangent of a path, the chord to the straight line from x_t to where the path ends. Latents
+# are not normal. But beside this closed form a network has less to learn.
 
 
 def slope(variance: Tensor, t: Tensor) -> Tensor:
@@ -1018,13 +1019,14 @@ def chord(variance: Tensor, t: Tensor) -> Tensor:
 
 
 class NormalStart(nn.Module):
-    """A velocity network of latents, to which a closed form for normal latents is added.
+    """A velocity network of latents, to which the closed form for normal latents is added.
 
-    net   the `arch` of the network.
-    form  "velocity" is for a DiT that becomes a teacher. A DiT holds the velocity of latents of variance 1, its
-          `slope(1,t)·x_t`; here the true mean and the leading components get theirs. The other components are left to
-          be learned: with nothing linear to find, a DiT finds nothing for a long time.
-          "map" is for a student. It starts from its teacher and chord − slope: from the flow map, not the velocity.
+    net         the `arch` of the network.
+    components  how many, the leading ones.
+    form        "velocity" is for a teacher around a DiT. An untrained DiT has slope(1,t)·x_t, the velocity of latents
+                of variance 1. This adds the true mean, and the true slope of the components.
+                "map" is for a student around a trained teacher: the teacher's velocity plus (chord − slope)·y, which
+                for normal latents is the flow map.
     """
 
     precision = torch.float32  # of the network; the closed form is computed in float32
@@ -1047,7 +1049,7 @@ class NormalStart(nn.Module):
         k = len(self.variance)
         self.mean.copy_(flat.mean(0))
         self.basis.copy_(vectors[:, -k:])
-        self.variance.copy_(values[-k:].clamp(min=1e-4))
+        self.variance.copy_(values[-k:].clamp(min=1e-4))  # rounding can leave negative ones
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity (B,C,h,w) at latents (B,C,h,w) and times (B,)."""
@@ -1066,12 +1068,20 @@ class NormalStart(nn.Module):
 scflow.NETWORKS.update(NormalStart=NormalStart)
 
 
+# A teacher gets few components. Beside all of them nothing linear is left to learn, and a DiT, which begins with what
+# is linear, learned nothing in a thousand updates.
+COMPONENTS = {"velocity": 64, "map": 2048}
+
+
 def start_from_normal(net: nn.Module, latents: Tensor, form: str) -> nn.Module:
-    """The network in a NormalStart for these latents (N,C,h,w); as it is where they are too large, or too few."""
+    """The network in a NormalStart for these latents (N,C,h,w).
+
+    Returns the network itself where there are fewer than 4 latents, or more than 8,192 numbers in each: the covariance
+    of so many takes minutes and 0.3 GB.
+    """
     size = math.prod(net.shape)
-    few = 64 if form == "velocity" else 2048
-    components = min(few, size, len(latents) // 4)
-    if size > 8192 or components == 0:
+    components = min(COMPONENTS[form], size, len(latents) // 4)  # each variance from at least 4 latents
+    if components == 0 or size > 8192:
         return net
     start = NormalStart(net.arch, components, form)
     start.net.load_state_dict(net.state_dict())
