@@ -1103,7 +1103,7 @@ PERCEPTRON = dict(width=512, depth=3, x_frequencies=0)
 ON_GPU = TeacherSettings(teacher_rise=1000, teacher_clip=1.0, teacher_times="logit-normal")
 TEACHERS = {
     "demo": TeacherSettings(teacher_steps=6000, teacher_batch=256, teacher_lr=2e-3),
-    "small": TeacherSettings(teacher_steps=20000, teacher_batch=32, teacher_lr=1e-3, teacher_times="logit-normal"),
+    "small": TeacherSettings(teacher_steps=15000, teacher_batch=32, teacher_lr=1e-3, teacher_times="logit-normal"),
     "S": replace(ON_GPU, teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
     "B": replace(ON_GPU, teacher_steps=80000, teacher_batch=128, teacher_lr=2e-4),
 }
@@ -1126,28 +1126,25 @@ PAPER = Phase(
     adversarial="softplus",
     r1=1.0,
 )
-# This project's schedule, as in scflow.SCHEDULES: distil first, self-correct last. Here a weak critic takes part
-# in both phases.
+# This project's schedule, as in scflow.SCHEDULES: distil first, self-correct last, with a weak critic.
 FIRST = Phase(
-    steps=3200,
+    steps=3600,
     batch=32,
-    lr=5e-4,
-    lr_critic=2e-4,
-    lambda_adv=0.01,
+    lr=1e-3,
+    lambda_adv=0.0,
     lambda_self=0.0,
     lambda_bi=0.0,
-    delta=0.3,
-    walk="heun",
+    delta=0.2,
+    walk="heun-2",
     tau=0.0,
-    judged=0.5,
 )
 LAST = Phase(
     steps=1200,
     batch=64,
-    lr=2e-4,
+    lr=4e-4,
     lr_critic=2e-4,
     lambda_consistency=0.0,
-    lambda_adv=0.01,
+    lambda_adv=0.02,
     lambda_self=1.0,
     lambda_bi=0.0,
     self_source="frozen",
@@ -1155,14 +1152,14 @@ LAST = Phase(
     pinned=0.5,
     judged=0.25,
 )
-# The same for the demo's perceptron. It needs no critic in phase 1.
+# The same for the demo's perceptron.
 DEMO = (
-    replace(FIRST, steps=2800, batch=256, lr=2e-3, lambda_adv=0.0, delta=0.5, walk="heun-2"),
-    replace(LAST, steps=800, batch=256, lr=1e-3),
+    replace(FIRST, steps=2800, batch=256, lr=2e-3, delta=0.5),
+    replace(LAST, steps=800, batch=256, lr=1e-3, lambda_adv=0.01),
 )
 # The same for S and B, with lower rates, and with R1, because a critic can learn few pictures by heart.
 LARGE = (
-    replace(FIRST, steps=20000, batch=128, lr=1e-4, r1=1.0, judged=0.25),
+    replace(FIRST, steps=20000, batch=128, lr=1e-4),
     replace(LAST, steps=5000, batch=128, lr=5e-5, r1=1.0),
 )
 SCHEDULES = {"two_phase": (FIRST, LAST), "large": LARGE, "paper": (PAPER,), "demo": DEMO}

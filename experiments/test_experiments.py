@@ -31,7 +31,7 @@ from torch import nn
 import celeba_latent
 import scflow
 import toy_2d
-from experiments import ablation, captions, common, dimension, growth, guidance, relatives, speed, tell_apart
+from experiments import ablation, captions, common, dimension, front, growth, guidance, relatives, speed, tell_apart
 from scflow import Phase, TeacherSettings
 from toy_2d import EnergyDistance
 
@@ -1117,13 +1117,33 @@ def test_the_table_has_a_row_for_each_network(here, monkeypatch, capsys):
         assert f"| {who} | 10.0 ± 0.0 | 10.0, 10.0 |" in table
 
 
+# ═══ The README's first picture ═════════════════════════════════════════════════════════════
+
+
+def test_the_front_draws_two_runs(here, capsys):
+    """Ten panels, which say what the runs measured; without a run one line says what is missing."""
+    assert "no run of" in refused(capsys, front, "--paper", "nowhere")
+    short = ["--teacher-steps", 5, "--student-steps", 5, "--samples", 100, "--figures", "none", "--quiet"]
+    for preset, folder in (("paper", "runs/paper"), ("two_phase", "runs/ours")):
+        assert run(toy_2d, *short, "--preset", preset, "--out", folder) == 0
+    assert run(front, "--out", "front") == 0
+    assert Image.open("front.png").width == 1000
+    paper, ours = toy_2d.Pictures("runs/paper"), toy_2d.Pictures("runs/ours")
+    axes = front.draw(toy_2d.drawing(), paper, ours).axes
+    titles = [ax.get_title() for ax in axes]
+    assert titles[1:5] == [f"paper, {steps}" for steps in ("1 step", "2 steps", "4 steps", "8 steps")]
+    assert titles[6:] == [f"ours, {steps}" for steps in ("1 step", "2 steps", "4 steps", "8 steps")]
+    assert f"{paper.quality('student')[2]:.1f}" in axes[2].get_xlabel()
+    assert f"{ours.quality('student')[2]:.1f}" in axes[7].get_xlabel()
+
+
 # ═══ The documents ══════════════════════════════════════════════════════════════════════════
 
 README = read(HOUSE / "README.md")
 FRONT = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
 DOCUMENTS = [*FRONT, HOUSE / "experiments/README.md"]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-EXPERIMENTS = (ablation, captions, dimension, growth, guidance, relatives, speed, tell_apart)
+EXPERIMENTS = (ablation, captions, dimension, front, growth, guidance, relatives, speed, tell_apart)
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
 PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
 FIRST_STEPS = {  # where each program begins with its first run
