@@ -31,7 +31,19 @@ from torch import nn
 import celeba_latent
 import scflow
 import toy_2d
-from experiments import ablation, captions, common, dimension, front, growth, guidance, relatives, speed, tell_apart
+from experiments import (
+    ablation,
+    captions,
+    common,
+    dimension,
+    front,
+    growth,
+    guidance,
+    relatives,
+    speed,
+    tell_apart,
+    windows,
+)
 from scflow import Phase, TeacherSettings
 from toy_2d import EnergyDistance
 
@@ -583,6 +595,57 @@ def test_growth_is_measured_and_read_back(here, monkeypatch):
     assert read("results/growth.md") == text
     with pytest.raises(Started):
         run(growth, *argv, "--share", 0.02)
+
+
+# ═══ windows.py ═════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("walk", ["euler", "heun-2"])
+@pytest.mark.parametrize("delta", [0.2, 1.0])
+def test_a_perfect_student_is_the_mean_of_its_chains(walk, delta):
+    """For one Gaussian it multiplies by a(1). a(t) is the mean of a(s)·g(t,s), solved on a grid (3%: noise, grid).
+
+    g(t,s) is what the teacher's steps from t to s multiply by.
+    """
+    gaussian = toy_2d.GaussianMixture([[0.0, 0.0]], 0.3)
+    one = torch.ones(1, 2)
+    grid = torch.linspace(0, 1, 401)
+    a = [1.0]
+    for i in range(1, len(grid)):
+        first = round(max(0, grid[i].item() - delta) * 400)
+        s = grid[first:i]
+        steps = scflow.follow(gaussian, one.expand(len(s), 2), grid[i].expand(len(s)), s, walk)[:, 0]
+        a.append((torch.tensor(a[first:]) * steps).mean().item())
+    noise = torch.randn(4000, 2, generator=gen(1))
+    found = windows.stepped_error(gaussian, noise, 0.3 * noise, delta, walk, gen(2), chains=16)
+    expected = abs(a[-1] - 0.3) * noise.square().sum(1).mean().sqrt().item()
+    assert found == pytest.approx(expected, rel=0.03, abs=2e-3)
+
+
+def test_all_students_get_the_same_passes():
+    """Forward 1, backward 2, target 1, and the teacher's; 8,000 are phase 1 of the default."""
+    default = scflow.SCHEDULES["two_phase"][0]
+    assert windows.updates(default.walk, windows.PASSES) == default.steps
+    spent = {walk: windows.updates(walk, 8000) * passes for walk, passes in zip(windows.WALKS, (5, 8, 6, 8, 20))}
+    assert all(abs(passes - 8000) < 5 for passes in spent.values())
+
+
+def test_windows_are_measured_and_read_back(here, monkeypatch, capsys):
+    """A row for each window and kind of steps, a figure; again, no run is made. Without an exact map it is refused."""
+    assert "no exact flow map" in refused(capsys, windows, "--datasets", "moons")
+    argv = ["--seeds", 0, "--datasets", "8gaussians", "--deltas", 0.1, 1, "--share", 0.005, "--samples", 100]
+    assert run(windows, *argv) == 0
+    text = read("results/windows.md")
+    shown = [(row["steps"], row["δ"]) for row in tables(text)]
+    assert shown == [(walk, delta) for walk in windows.WALKS for delta in ("0.1", "1")]
+    records = [record for record in read_csv("results/windows.csv") if record["walk"] == "euler"]
+    trained = [float(record["trained"]) for record in records if float(record["delta"]) == 0.1]
+    assert tables(text)[0]["trained student"] == common.mean_sd(trained, 1, 3)
+    assert is_drawn("results/windows.png")
+
+    monkeypatch.setattr(scflow, "train_teacher", stop)
+    assert run(windows, *argv) == 0
+    assert read("results/windows.md") == text
 
 
 # ═══ dimension.py ═══════════════════════════════════════════════════════════════════════════
@@ -1143,7 +1206,7 @@ README = read(HOUSE / "README.md")
 FRONT = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
 DOCUMENTS = [*FRONT, HOUSE / "experiments/README.md"]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-EXPERIMENTS = (ablation, captions, dimension, front, growth, guidance, relatives, speed, tell_apart)
+EXPERIMENTS = (ablation, captions, dimension, front, growth, guidance, relatives, speed, tell_apart, windows)
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
 PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
 FIRST_STEPS = {  # where each program begins with its first run
