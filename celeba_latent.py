@@ -1439,7 +1439,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     else:
         critic = scflow.LatentCritic(data.shape, tokens=data.tokens)
     student = teacher
-    if asked.preset in ("two_phase", "large"):  # the paper's starts from the teacher
+    if asked.preset in ("two_phase", "large"):  # "paper" and "demo" start from the teacher
         student = start_from_normal(teacher, data.normalised(data.train, device, mirrored=True), "map")
         student = place(student, device, asked.precision)
     critic = place(critic, device, asked.precision)
