@@ -1031,7 +1031,7 @@ class NormalStart(nn.Module):
 
     precision = torch.float32  # of the network; the closed form is computed in float32
 
-    def __init__(self, net: dict, components: int, form: str):
+    def __init__(self, net: dict, components: int, form: Literal["velocity", "map"]):
         super().__init__()
         self.arch = dict(name="NormalStart", net=net, components=components, form=form)
         self.net = scflow.build(net)
@@ -1056,12 +1056,13 @@ class NormalStart(nn.Module):
         v = self.net(x, t, cond)
         t = t[:, None]
         y = (x.flatten(1) - (1 - t) * self.mean) @ self.basis  # (B,components)
+        tangent = slope(self.variance, t)
         if self.form == "velocity":
-            normal = slope(torch.ones_like(t), t)
-            change = ((slope(self.variance, t) - normal) * y) @ self.basis.T
-            change = change - (1 + (1 - t) * normal) * self.mean
+            of_dit = slope(torch.ones_like(t), t)
+            change = ((tangent - of_dit) * y) @ self.basis.T
+            change = change - (1 + (1 - t) * of_dit) * self.mean  # the DiT took the mean for 0
         else:
-            change = ((chord(self.variance, t) - slope(self.variance, t)) * y) @ self.basis.T
+            change = ((chord(self.variance, t) - tangent) * y) @ self.basis.T
         return v + change.reshape(x.shape)
 
 
@@ -1073,8 +1074,8 @@ scflow.NETWORKS.update(NormalStart=NormalStart)
 COMPONENTS = {"velocity": 64, "map": 2048}
 
 
-def start_from_normal(net: nn.Module, latents: Tensor, form: str) -> nn.Module:
-    """The network in a NormalStart for these latents (N,C,h,w).
+def start_from_normal(net: nn.Module, latents: Tensor, form: Literal["velocity", "map"]) -> nn.Module:
+    """The network in a NormalStart for these latents (N,C,h,w), on the CPU as they are.
 
     Returns the network itself where there are fewer than 4 latents, or more than 8,192 numbers in each: the covariance
     of so many takes minutes and 0.3 GB.
@@ -1085,8 +1086,8 @@ def start_from_normal(net: nn.Module, latents: Tensor, form: str) -> nn.Module:
         return net
     start = NormalStart(net.arch, components, form)
     start.net.load_state_dict(net.state_dict())
-    start.fit(latents.cpu())
-    return start.to(latents.device)
+    start.fit(latents)
+    return start
 
 
 # ═══ 7. Training: sizes, schedules, speed, and a run that can be resumed ══════════════════
@@ -1440,7 +1441,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
         critic = scflow.LatentCritic(data.shape, tokens=data.tokens)
     student = teacher
     if asked.preset in ("two_phase", "large"):  # "paper" and "demo" start from the teacher
-        student = start_from_normal(teacher, data.normalised(data.train, device, mirrored=True), "map")
+        student = start_from_normal(teacher, data.normalised(data.train, mirrored=True), "map")
         student = place(student, device, asked.precision)
     critic = place(critic, device, asked.precision)
     velocity = teacher
@@ -1745,7 +1746,7 @@ def inception_fid(pictures: Tensor, data: Latents, images) -> float:
     return metrics["frechet_inception_distance"]
 
 
-# ═══ 10. The demo ══════════════════════════════════════════════════════════════════════════
+# ═══ 10. The demo ═════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)

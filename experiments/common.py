@@ -71,6 +71,13 @@ def check_values(settings, *names: str) -> None:
         require(len(set(values)) == len(values), f"--{name.replace('_', '-')} names one twice")
 
 
+def check_run(settings, least: int) -> None:
+    """Raise ValueError for a share of the updates, a number of workers or of samples (`least` or more) that is none."""
+    require(0.001 <= settings.share <= 1000, f"share lies between 0.001 and 1000, and is {settings.share}")
+    require(settings.workers >= 1, f"workers must be at least 1, not {settings.workers}")
+    require(settings.samples >= least, f"samples must be at least {least}, not {settings.samples}")
+
+
 def dataset_names(names) -> list[str]:
     """Names of data sets, where "all" stands for every one. Raises ValueError for a name that is none."""
     names = list(toy_2d.DATASETS) if "all" in names else list(names)

@@ -231,9 +231,7 @@ class Dimension:
         common.check_values(self, "seeds", "dimensions")
         for d in self.dimensions:
             require(d == 2 or d >= 4, f"dimensions are 2, or 4 and more, not {d}")
-        require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
-        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
-        require(self.samples >= 16, f"samples must be at least 16, not {self.samples}")
+        common.check_run(self, 16)
 
 
 QUICK = {"seeds": [0], "dimensions": [2, 8, 32], "samples": 1000, "share": 0.05, "out": "runs/quick"}

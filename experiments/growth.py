@@ -226,10 +226,8 @@ class Growth:
 
     def __post_init__(self):
         common.check_values(self, "seeds")
-        require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
-        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
         least = 2 * max(case["modes"] for case in all_cases())  # the distance takes two points of a mode
-        require(self.samples >= least, f"samples must be at least {least}, not {self.samples}")
+        common.check_run(self, least)
 
 
 QUICK = {"seeds": [0], "samples": 1000, "share": 0.05, "out": "runs/quick"}

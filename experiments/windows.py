@@ -177,9 +177,7 @@ class Windows:
             require(mixture, f"{name} has no exact flow map: give mixtures, 8gaussians or 25gaussians")
         for delta in self.deltas:
             require(0 < delta <= 1, f"deltas lie between 0 and 1, and one is {delta}")
-        require(0.001 <= self.share <= 1000, f"share lies between 0.001 and 1000, and is {self.share}")
-        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
-        require(self.samples >= 16, f"samples must be at least 16, not {self.samples}")
+        common.check_run(self, 16)
 
 
 QUICK = {"seeds": [0], "datasets": ["8gaussians"], "samples": 500, "share": 0.05, "out": "runs/quick"}
