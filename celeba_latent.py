@@ -1029,8 +1029,6 @@ class NormalStart(nn.Module):
                 for normal latents is the flow map.
     """
 
-    precision = torch.float32  # of the network; the closed form is computed in float32
-
     def __init__(self, net: dict, components: int, form: Literal["velocity", "map"]):
         super().__init__()
         self.arch = dict(name="NormalStart", net=net, components=components, form=form)
