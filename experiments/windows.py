@@ -6,7 +6,7 @@
 In a narrow window the target is the student's own guess a little nearer the data. In a window of 1 the teacher walks
 all the way from x_t to some x_s, often close to the data: that is paired regression, with the pairs made on the fly. In
 between two errors are exchanged for each other. What the teacher's steps do wrong grows with the window. What the
-network does wrong is handed on from window to window, and there are 1/δ of them.
+network does wrong is passed on from window to window, and there are 1/δ of them.
 
 The first error is computed without a network, from the map that a perfect student would learn. The second is what a
 trained student has beside it. All students get the same number of network passes.
@@ -132,7 +132,7 @@ def plot(results: list[dict], settings, path) -> None:
     """The error of one step against the window: dashed of a perfect student, with marks of a trained one."""
     plt = toy_2d.drawing()
     n = len(settings.datasets)
-    figure, axes = plt.subplots(1, n, figsize=(4.4 * n, 4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, n, figsize=(2 + 4.4 * n, 4.2), squeeze=False, sharey=True)
     for ax, dataset in zip(axes[0], settings.datasets):
         for walk, colour, marker in zip(WALKS, COLOURS, MARKERS):
             perfect = []
@@ -144,7 +144,7 @@ def plot(results: list[dict], settings, path) -> None:
             ax.plot(settings.deltas, perfect, color=colour, ls="--", lw=1)
             ax.plot(settings.deltas, trained, color=colour, marker=marker, label=f"{walk}, trained")
         ax.plot([], [], color="#777777", ls="--", lw=1, label="perfect student")
-        ax.set(xscale="log", yscale="log", title=dataset, xlabel="window δ", ylim=(3e-3, 3))
+        ax.set(xscale="log", yscale="log", title=dataset, xlabel="window δ", ylim=(4e-3, 1))
         ax.set_xticks(settings.deltas, [f"{delta:g}" for delta in settings.deltas])
         ax.minorticks_off()
     axes[0, 0].set_ylabel("RMS distance to the exact flow map")
