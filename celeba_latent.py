@@ -1067,8 +1067,8 @@ class NormalStart(nn.Module):
 scflow.NETWORKS.update(NormalStart=NormalStart)
 
 
-# A teacher gets few components. Beside all of them nothing linear is left to learn, and a DiT, which begins with what
-# is linear, learned nothing in a thousand updates.
+# A teacher gets few components. Beside all of them nothing linear is left to learn, and a DiT begins with what is
+# linear: in a trial, which is not kept, it learned nothing in a thousand updates.
 COMPONENTS = {"velocity": 64, "map": 2048}
 
 
