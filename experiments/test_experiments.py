@@ -39,6 +39,7 @@ from experiments import (
     front,
     growth,
     guidance,
+    lecture,
     relatives,
     speed,
     tell_apart,
@@ -80,6 +81,23 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "parallel_map", one_after_the_other)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory):
+    """A folder with a run of the demo of two updates each, and its latents."""
+    folder = tmp_path_factory.mktemp("short")
+    short = "--drawings 2000 --count 1000 --teacher-steps 2 --student-steps 2 --quiet".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(celeba_latent, "demo", *short, "--out", "demo") == 0
+    return folder
+
+
+@pytest.fixture
+def demo(here, short_demo):
+    """The run of the demo, as demo/ in the present folder."""
+    shutil.copytree(short_demo, here, dirs_exist_ok=True)
 
 
 class Started(BaseException):
@@ -702,6 +720,26 @@ def test_dimensions_are_measured_and_read_back(here, monkeypatch):
         run(dimension, *argv, "--share", 0.02)
 
 
+def test_photographs_are_measured_and_read_back(demo, monkeypatch, capsys):
+    """A run folder's teacher is distilled with every loss; again, no run is made; another teacher is another run."""
+    assert "no teacher in nowhere" in refused(capsys, dimension, "photographs", "--run", "nowhere")
+    argv = ["photographs", "--run", "demo", "--updates", 2, "--samples", 1000, "--out", "seen"]
+    assert run(dimension, *argv) == 0
+    text = read("seen.md")
+    rows = tables(text)
+    assert [(row["losses"], row["d"]) for row in rows] == [(name, "96") for name in dimension.LOSSES]
+    first = read_csv("seen.csv")[0]
+    assert rows[0]["1 step"] == f"{float(first['student 1']):.2f}"
+    assert 0 <= float(first["overlap"]) <= 1
+
+    monkeypatch.setattr(scflow, "distill", stop)
+    assert run(dimension, *argv) == 0
+    assert read("seen.md") == text
+    shutil.copy("demo/student.pt", "demo/teacher.pt")
+    with pytest.raises(Started):
+        run(dimension, *argv, "--workers", 1)
+
+
 # ═══ guidance.py ════════════════════════════════════════════════════════════════════════════
 
 
@@ -1148,6 +1186,42 @@ def test_a_notebook_is_its_source_executed(name):
     assert file.stat().st_size < 1_000_000
 
 
+@pytest.mark.parametrize("name", [path.stem for path in sources() if path.parent.name == "notebooks"])
+def test_an_exercise_is_unsolved_until_its_folded_solution(name):
+    """Its check failed when the notebook ran; in the folded cell below, which runs the check again, it passed."""
+    cells = json.loads(read(HOUSE / "notebooks" / f"{name}.ipynb"))["cells"]
+    text = ["".join(cell["source"]) for cell in cells]
+    checks = [i for i, source in enumerate(text) if "@exercise" in source]
+    asked = [source for source in text if source.startswith("**Exercise.**") or "\n**Exercise.**" in source]
+    assert len(checks) == len(asked) > 0
+    for i in checks:
+        printed = "".join("".join(output.get("text", "")) for output in cells[i]["outputs"])
+        assert printed.endswith("Not solved yet.\n")
+        assert "return ...  # your answer" in "".join(text[i - 2 : i + 1])
+        assert text[i + 1].startswith("# Solution\n")
+        assert re.search(r"^check\(\)", text[i + 1], re.MULTILINE)
+        assert cells[i + 1]["metadata"]["jupyter"]["source_hidden"]
+
+
+def test_a_check_goes_on_either_way_and_can_be_called_again(capsys):
+    """A right answer is solved, and one that fails in any way is not; where it is called again, it fails."""
+
+    @lecture.exercise
+    def right():
+        assert abs(2.0 - 2.0) < 1
+
+    assert capsys.readouterr().out == "Solved.\n"
+
+    @lecture.exercise
+    def missing():
+        assert abs(... - 2.0) < 1
+
+    assert capsys.readouterr().out == "Not solved yet.\n"
+    right()
+    with pytest.raises(TypeError):
+        missing()
+
+
 # ═══ tell_apart.py ══════════════════════════════════════════════════════════════════════════
 
 
@@ -1168,11 +1242,9 @@ def test_new_drawings_are_not_those_of_the_demo():
     assert not torch.equal(new[:100], new[500:])
 
 
-def test_the_table_has_a_row_for_each_network(here, monkeypatch, capsys):
+def test_the_table_has_a_row_for_each_network(demo, monkeypatch, capsys):
     """From a short run of the demo; a folder that holds none is refused."""
     assert "nowhere" in refused(capsys, tell_apart, "--runs", "nowhere")
-    short = "--drawings 2000 --count 1000 --teacher-steps 2 --student-steps 2 --quiet".split()
-    assert run(celeba_latent, "demo", *short, "--out", "demo") == 0
     monkeypatch.setattr(tell_apart, "tell_apart", lambda real, fake: len(fake) / 1000)
     assert run(tell_apart, "--runs", "demo", "demo", "--samples", 100, "--out", "told") == 0
     table = read("told.md")

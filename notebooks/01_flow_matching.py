@@ -35,6 +35,7 @@ except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
     import toy_2d
 import scflow
+from experiments.lecture import exercise
 from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture
 
 GREEN = "#009E73"
@@ -165,30 +166,45 @@ plt.show()
 # %%
 def one_gaussian(x, t, m, s):
     """E[x₁ − x₀ | x_t = x] for x₀ ~ N(m, s²I); x is (B,d), t is (B,1), m is (d,)."""
-    var = ((1 - t) * s) ** 2 + t**2
-    # your answer
-    return -m + (t - (1 - t) * s**2) / var * (x - (1 - t) * m)
+    return ...  # your answer
 
 
 def responsibilities(x, t, means, s, weights):
     """γ_k(x,t), the probability that a line through (x,t) comes from component k, (B,K)."""
-    moved = (1 - t)[:, None] * means  # (B,K,d): the centres at time t
-    square = (x[:, None] - moved).square().sum(-1)  # (B,K)
-    # your answer
-    var = ((1 - t) * s) ** 2 + t**2
-    return (weights.log() - square / (2 * var)).softmax(1)
+    return ...  # your answer
 
 
 # %%
 eight = toy_2d.dataset("8gaussians")  # eight modes on a circle in the plane
-for mixture in (two, eight):
-    dim = mixture.means.shape[1]
-    x = 2 * torch.randn(500, dim, generator=generator)
-    t = 0.05 + 0.95 * torch.rand(500, 1, generator=generator)
-    each = torch.stack([one_gaussian(x, t, m, mixture.std) for m in mixture.means], 1)  # (B,K,d)
-    gamma = responsibilities(x, t, mixture.means, mixture.std, mixture.weights)  # (B,K)
-    mine = (gamma[..., None] * each).sum(1)
-    assert torch.allclose(mine, mixture(x, t[:, 0]), rtol=1e-3, atol=1e-3)
+
+
+@exercise
+def check():
+    for mixture in (two, eight):
+        dim = mixture.means.shape[1]
+        x = 2 * torch.randn(500, dim)
+        t = 0.05 + 0.95 * torch.rand(500, 1)
+        each = torch.stack([one_gaussian(x, t, m, mixture.std) for m in mixture.means], 1)  # (B,K,d)
+        gamma = responsibilities(x, t, mixture.means, mixture.std, mixture.weights)  # (B,K)
+        mine = (gamma[..., None] * each).sum(1)
+        assert torch.allclose(mine, mixture(x, t[:, 0]), rtol=1e-3, atol=1e-3)
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def one_gaussian(x, t, m, s):
+    var = ((1 - t) * s) ** 2 + t**2
+    return -m + (t - (1 - t) * s**2) / var * (x - (1 - t) * m)
+
+
+def responsibilities(x, t, means, s, weights):
+    moved = (1 - t)[:, None] * means  # (B,K,d): the centres at time t
+    square = (x[:, None] - moved).square().sum(-1)  # (B,K)
+    var = ((1 - t) * s) ** 2 + t**2
+    return (weights.log() - square / (2 * var)).softmax(1)
+
+
+check()
 
 # %% [markdown]
 # ## The flow that does not cross
@@ -242,16 +258,28 @@ plt.show()
 # %%
 def share_below(x, t, means, s, weights):
     """P(x_t < x) for the mixture, x of shape (B,1) and one t; Φ is torch.special.ndtr."""
+    return ...  # your answer
+
+
+# %%
+@exercise
+def check():
+    for x, t in zip(path, times):
+        error = share_below(x, t, two.means, two.std, two.weights) - quantiles
+        assert error.abs().max() < 5e-3
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def share_below(x, t, means, s, weights):
     sigma = (((1 - t) * s) ** 2 + t**2) ** 0.5
-    # your answer
     below = torch.special.ndtr((x - (1 - t) * means[:, 0]) / sigma)  # (B,K)
     return (weights * below).sum(1)
 
 
+check()
+
 # %%
-for x, t in zip(path, times):
-    error = share_below(x, t, two.means, two.std, two.weights) - quantiles
-    assert error.abs().max() < 5e-3
 upward = (path[-1] > 0).float().mean().item()
 print(f"share of the noise that goes to the upper mode: {upward:.4f}")
 assert abs(upward - 2 / 3) < 0.005  # the flow cuts the noise where the weights say
@@ -382,15 +410,25 @@ assert torch.allclose(path[50], path[0], atol=1e-3)
 # %%
 def mean_spread(s):
     """∫ s²/σ_t² dt from 0 to 1, with σ_t² = (1−t)²s² + t²: the floor of the loss per dimension."""
-    # your answer
-    return math.pi * s / 2  # with u = t/(1−t) it is ∫ s²/(s² + u²) du from 0 to ∞
+    return ...  # your answer
 
 
 # %%
-for s in (0.3, 1.0, 2.0):
-    _, bend, spread = accounts(GaussianMixture([[1.0, -0.5]], s))
-    assert abs(spread - mean_spread(s)) < 0.03 * mean_spread(s)
-    assert abs(bend - (2 * s - mean_spread(s))) < 0.05 * s  # what is left of lines² − chord² = 2s
+@exercise
+def check():
+    for s in (0.3, 1.0, 2.0):
+        _, bend, spread = accounts(GaussianMixture([[1.0, -0.5]], s))
+        assert abs(spread - mean_spread(s)) < 0.03 * mean_spread(s)
+        assert abs(bend - (2 * s - mean_spread(s))) < 0.05 * s  # what is left of lines² − chord² = 2s
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def mean_spread(s):
+    return math.pi * s / 2  # with u = t/(1−t) it is ∫ s²/(s² + u²) du from 0 to ∞
+
+
+check()
 
 # %% [markdown]
 # So spread² + bend² = 2s: both vanish together, and only when the data are a single point.
@@ -407,16 +445,27 @@ for s in (0.3, 1.0, 2.0):
 # %%
 def one_euler_step(x1, mixture):
     """x₁ − v*(x₁,1), without calling the mixture."""
-    # your answer
+    return ...  # your answer
+
+
+# %%
+@exercise
+def check():
+    for mixture in worlds.values():
+        x1 = torch.randn(200, mixture.means.shape[1])
+        assert torch.allclose(one_euler_step(x1, mixture), scflow.sample(mixture, x1, steps=1), atol=1e-5)
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def one_euler_step(x1, mixture):
     mean = mixture.weights @ mixture.means
     return mean.expand_as(x1)  # x₁ says nothing about x₀: the mean of all data
 
 
+check()
+
 # %%
-for mixture in worlds.values():
-    dim = mixture.means.shape[1]
-    x1 = torch.randn(200, dim, generator=generator)
-    assert torch.allclose(one_euler_step(x1, mixture), scflow.sample(mixture, x1, steps=1), atol=1e-5)
 ends = torch.stack([two.weights @ two.means, two.means[1]])  # the mean of all data, and the upper mode
 at_mean, at_mode = two.log_density(ends, torch.zeros(2)).exp()
 print(f"density of the data at their mean {at_mean:.5f}, at the upper mode {at_mode:.5f}")
@@ -610,6 +659,11 @@ for solver in ("euler", "heun"):
     assert result["teacher", solver][-1] > 0.8 * result["teacher", solver][-2]  # no longer
 assert result["v*", "heun"][-1] < result["teacher", "heun"][-1] / 3  # the rest is the network's
 assert result["teacher", "euler"][0] > 3 * result["teacher", "euler"][-1]
+
+# %%
+one, many = (1e3 * distance(scflow.sample(teacher, x1, steps)) for steps in (1, 64))
+print(f"the least loss is {floor:.2f}; energy distance ×10³ of the teacher: one step {one:.0f}, 64 steps {many:.1f}")
+assert one > 100 * many
 
 # %% [markdown]
 # **The answer.** The network learns the mean over all lines through a place. Its paths do not cross, so they bend. The

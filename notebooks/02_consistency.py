@@ -35,6 +35,7 @@ except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
     import toy_2d
 import scflow
+from experiments.lecture import exercise
 from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture
 
 GREEN = "#009E73"
@@ -91,8 +92,8 @@ plt.show()
 # ## A loss from the two facts
 #
 # Learn f\* without walking the paths. Take a point x_t and its neighbour on the path, a little nearer to the data. Ask
-# the student for the same answer at both: that is **consistency**. The target side is a slow copy of the student, θ⁻,
-# held fixed.
+# the student for the same answer at both: that is **consistency**. The target is the answer of θ⁻, an average of the student's
+# latest weights, which is held fixed in the update.
 #
 # The other fact, f(x,0) = x, costs nothing: f(x,t) = x − t·v(x,t) has it **whatever the weights are**.
 
@@ -207,20 +208,30 @@ for s in (0.15, 0.5, 2.0):
 # %%
 def target_factor(a, t, r, s):
     """f(x_r,r) / x_t for x_r one Euler step from x_t."""
-    # your answer
-    return a * (1 - (t - r) * slope(s, t))
+    return ...  # your answer
 
 
 # %%
-r = t * torch.rand(500, generator=generator)
-a = torch.rand(500, generator=generator)
-for s in (0.15, 0.5, 2.0):
-    gaussian = GaussianMixture([[0.0]], std=s)
-    neighbour = scflow.follow(gaussian, x, t, r, "euler")
-    assert torch.allclose(a[:, None] * neighbour, target_factor(a, t, r, s)[:, None] * x, atol=1e-3)
+@exercise
+def check():
+    r = t * torch.rand(500)
+    a = torch.rand(500)
     near = t - 1e-4
-    close = target_factor(exact_factor(s, near), t, near, s)
-    assert torch.allclose(close, exact_factor(s, t), atol=1e-3)  # for a tiny step f* is consistent
+    for s in (0.15, 0.5, 2.0):
+        gaussian = GaussianMixture([[0.0]], std=s)
+        neighbour = scflow.follow(gaussian, x, t, r, "euler")
+        assert torch.allclose(a[:, None] * neighbour, target_factor(a, t, r, s)[:, None] * x, atol=1e-3)
+        close = target_factor(exact_factor(s, near), t, near, s)
+        assert torch.allclose(close, exact_factor(s, t), atol=1e-3)  # for a tiny step f* is consistent
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def target_factor(a, t, r, s):
+    return a * (1 - (t - r) * slope(s, t))
+
+
+check()
 
 # %% [markdown]
 # At f\* itself the two answers differ by O(δ²): halve the step, and the residual falls by four.
@@ -239,8 +250,9 @@ assert abs(ratios[-1] - 4) < 0.1
 # %% [markdown]
 # ## What a window trades
 #
-# So take a tiny window? News of the data enters at t = 0 only, and moves at most δ with every refit. We can watch
-# it: keep one factor a(t) for each t of a grid. A **sweep** refits all of them, each to the mean of its targets.
+# So take a tiny window? Only at t = 0 is the answer known from the start, f(x,0) = x. With every refit it is known up to
+# a time that is at most δ higher. We can watch it: keep one factor a(t) for each t of a grid. A **sweep** refits all of
+# them, each to the mean of its targets.
 
 # %%
 grid = torch.linspace(0, 1, 801, dtype=torch.float64)
@@ -290,7 +302,7 @@ for i, a in enumerate(snapshots):
 axes[0].plot(grid, exact_factor(s, grid), "k--", label="f*")
 axes[0].set(xlabel="t", ylabel="f(x,t) / x", ylim=(0, 1.15), title="δ = 0.1, every 6 sweeps")
 axes[1].loglog(steps, residuals, "s-", color=GREY, label="residual of f*")
-axes[1].loglog(deltas, bias, "o-", color=TEACHER, label="error at rest")
+axes[1].loglog(deltas, bias, "o-", color=TEACHER, label="error after many sweeps")
 axes[1].set(xlabel="δ", title="error")
 axes[2].loglog(deltas, sweeps, "^-", color=GREEN)
 axes[2].set(xlabel="δ", title="sweeps until within 1%")
@@ -300,12 +312,12 @@ plt.show()
 
 # %% [markdown]
 # *What to see. Left: the curve starts at the teacher's guess and is put right from t = 0 outwards. Middle: one hop errs
-# by δ² (grey), the whole walk by δ (orange). Right: the shorter the window, the more sweeps. The window trades accuracy
-# for patience.*
+# by δ² (grey), the whole walk by δ (orange). Right: the shorter the window, the more sweeps. A short window is more
+# exact, and takes longer.*
 
 # %%
 for delta, error, count in zip(deltas, bias, sweeps):
-    print(f"δ = {delta:<7g} error at rest, over s: {error / s:.3f}; sweeps: {count}")
+    print(f"δ = {delta:<7g} error after many sweeps, over s: {error / s:.3f}; sweeps: {count}")
 assert 1.7 < bias[-2] / bias[-1] < 2.1  # first order: half the window, half the error
 assert 1.5 < sweeps[-1] / sweeps[-2] < 2.5  # and twice the sweeps
 
@@ -322,7 +334,7 @@ def draw_sweeps(delta=0.1, sweeps=6, s=0.5):
         a = matrix @ a
     fig, ax = plt.subplots(figsize=(6.5, 3.4))
     ax.plot(grid, a, color=STUDENT, label=f"δ = {delta:g}, {sweeps} sweeps")
-    ax.plot(grid, at_rest(matrix), ":", color=TEACHER, label="at rest")
+    ax.plot(grid, at_rest(matrix), ":", color=TEACHER, label="after many sweeps")
     ax.plot(grid, exact_factor(s, grid), "k--", label="f*")
     ax.set(xlabel="t", ylabel="f(x,t) / x", ylim=(0, 1.15), title=f"s = {s:g}")
     ax.legend()
@@ -405,20 +417,32 @@ assert walks["heun-2"][1] < walks["euler"][3] / 2  # δ = 1/4 against δ = 1/16
 # %%
 def one_step_std(tau, s):
     """Standard deviation of E[x₀|x_τ]."""
-    # your answer
-    return (1 - tau) * s**2 / sigma(s, tau)  # the mean is (1−τ)s²/σ_τ² · x_τ, and x_τ has deviation σ_τ
+    return ...  # your answer
 
 
 # %%
 x1 = torch.randn(500, 1, generator=generator)
-for s in (0.15, 0.5, 1.0, 2.0):
-    gaussian = GaussianMixture([[0.0]], std=s)
-    for tau in (0.1, 0.4, 0.8):
-        x_tau = sigma(s, tau) * x1  # the flow from t = 1 to τ: paths keep their quantile
-        mean = scflow.predict_x0(gaussian, x_tau, torch.full((500,), tau))
-        assert abs(mean.std() / x1.std() - one_step_std(tau, s)) < 1e-3 * s
-    assert abs(one_step_std(0.0, s) - s) < 1e-9
-    assert one_step_std(1.0, s) == 0
+
+
+@exercise
+def check():
+    for s in (0.15, 0.5, 1.0, 2.0):
+        gaussian = GaussianMixture([[0.0]], std=s)
+        for tau in (0.1, 0.4, 0.8):
+            x_tau = sigma(s, tau) * x1  # the flow from t = 1 to τ: paths keep their quantile
+            mean = scflow.predict_x0(gaussian, x_tau, torch.full((500,), tau))
+            assert abs(mean.std() / x1.std() - one_step_std(tau, s)) < 1e-3 * s
+        assert abs(one_step_std(0.0, s) - s) < 1e-9
+        assert one_step_std(1.0, s) == 0
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def one_step_std(tau, s):
+    return (1 - tau) * s**2 / sigma(s, tau)  # the mean is (1−τ)s²/σ_τ² · x_τ, and x_τ has deviation σ_τ
+
+
+check()
 
 # %% [markdown]
 # The formula hands the mean on without error, from τ sharp. Sweeps with a window tell the rest.
@@ -426,7 +450,7 @@ for s in (0.15, 0.5, 1.0, 2.0):
 
 # %%
 def rest_std(tau, s, delta=0.1):
-    """Standard deviation of f(x₁,1) at rest, with targets x₀ where r < τ."""
+    """Standard deviation of f(x₁,1) after many sweeps, with targets x₀ where r < τ."""
     matrix = sweep_matrix(delta, s)
     window = matrix != 0
     truncated = rs < tau - 1e-9
@@ -574,8 +598,7 @@ for name in networks:
 # %%
 def two_steps_std(s):
     """Standard deviation of f*(x̂_t,t) at t = ½."""
-    # your answer
-    return s * (1 + s) / math.sqrt(1 + s**2)  # s/σ_t · ((1−t)s + t), at t = ½
+    return ...  # your answer
 
 
 # %%
@@ -594,8 +617,22 @@ def width(s, steps):
     return (x.std() / x1.std()).item()
 
 
+@exercise
+def check():
+    for s in (0.15, 0.5, 1.0, 2.0):
+        assert abs(width(s, 2) - two_steps_std(s)) < 1e-3 * s
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def two_steps_std(s):
+    return s * (1 + s) / math.sqrt(1 + s**2)  # s/σ_t · ((1−t)s + t), at t = ½
+
+
+check()
+
+# %%
 for s in (0.15, 0.5, 1.0, 2.0):
-    assert abs(width(s, 2) - two_steps_std(s)) < 1e-3 * s
     x = torch.randn(50_000, 1, generator=generator)
     again = scflow.sample(gaussian_student(s), x, steps=8, solver="renoise", generator=generator)
     assert abs(again.std() - s) < 0.03 * s  # re-noised points are true x_t, and keep the width
@@ -620,7 +657,15 @@ plt.show()
 # %% [markdown]
 # *What to see. Left: Euler visits points that are too far out. Right: f\* takes them for true x_t and lands too far
 # out as well. With many steps every Gaussian ends twice as wide, whatever s is.*
-#
+
+# %%
+one, *_, eight = scores["student", "euler"]
+print(
+    f"distance to the exact map after one step: {error_student:.2f}, where the teacher's step has {error_teacher:.2f}"
+)
+print(f"energy distance ×10³ of the student: one step {one:.1f}, eight Euler steps {eight:.1f}")
+
+# %% [markdown]
 # **The answer.** Yes, one evaluation can land where the flow does: consistency, with the boundary built in. Its v is
 # then the average velocity to the end, and Euler on it solves another equation. Notebook 4 repairs that.
 

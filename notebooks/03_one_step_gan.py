@@ -35,6 +35,7 @@ except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
     import toy_2d
 import scflow
+from experiments.lecture import exercise
 from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture, cloud
 
 PINK = "#CC79A7"
@@ -78,21 +79,31 @@ plt.show()
 # %%
 def mean_std(s, t):
     """Standard deviation of E[x₀ | x_t] over x_t."""
-    sigma = (((1 - t) * s) ** 2 + t**2) ** 0.5
-    # your answer
-    return (1 - t) * s**2 / sigma  # slope (1−t)s²/σ_t², times the deviation σ_t of x_t
+    return ...  # your answer
 
 
 # %%
-n = 100_000
-for s in (0.15, 0.5, 2.0):
-    gauss = GaussianMixture([[0.0]], s)
-    for t in (0.1, 0.4, 0.9):
-        times = torch.full((n,), t)
-        x0, _ = gauss.sample(n, generator)
-        xt = scflow.interpolate(x0, torch.randn(n, 1, generator=generator), times)
-        mean = scflow.predict_x0(gauss, xt, times)
-        assert abs(mean.std() / mean_std(s, t) - 1) < 0.02
+@exercise
+def check():
+    n = 100_000
+    for s in (0.15, 0.5, 2.0):
+        gauss = GaussianMixture([[0.0]], s)
+        for t in (0.1, 0.4, 0.9):
+            times = torch.full((n,), t)
+            x0, _ = gauss.sample(n)
+            xt = scflow.interpolate(x0, torch.randn(n, 1), times)
+            mean = scflow.predict_x0(gauss, xt, times)
+            assert abs(mean.std() / mean_std(s, t) - 1) < 0.02
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def mean_std(s, t):
+    sigma = (((1 - t) * s) ** 2 + t**2) ** 0.5
+    return (1 - t) * s**2 / sigma  # slope (1−t)s²/σ_t², times the deviation σ_t of x_t
+
+
+check()
 
 # %% [markdown]
 # ## A student that inherits the mean
@@ -174,14 +185,12 @@ for tau, value in zip(TAUS, regression):
 # %%
 def best_critic(p, q):
     """The D that minimises the hinge loss, from the two densities."""
-    # your answer
-    return torch.sign(p - q)  # p(1−D) + q(1+D) falls towards the end with more density
+    return ...  # your answer
 
 
 def best_loss(tv):
     """The hinge loss there."""
-    # your answer
-    return 2 * (1 - tv)  # 2·min(p,q), integrated; and min(p,q) = (p+q−|p−q|)/2
+    return ...  # your answer
 
 
 # %%
@@ -197,15 +206,32 @@ def total_variation(s, q_std):
 
 
 grid = torch.linspace(-12, 12, 48_001)
-for s, q_std in ((0.5, 0.3), (1.0, 0.9), (2.0, 0.2)):
-    x = quantiles(s)
-    real = best_critic(normal(x, s), normal(x, q_std))
-    x = quantiles(q_std)
-    fake = best_critic(normal(x, s), normal(x, q_std))
-    least = best_loss(total_variation(s, q_std))
-    assert abs(scflow.critic_loss(real, fake) - least) < 2e-3
-    for scale in (-1.0, 0.0, 0.5, 1.5):  # any other height is worse
-        assert scflow.critic_loss(scale * real, scale * fake) > least + 0.01
+
+
+@exercise
+def check():
+    for s, q_std in ((0.5, 0.3), (1.0, 0.9), (2.0, 0.2)):
+        x = quantiles(s)
+        real = best_critic(normal(x, s), normal(x, q_std))
+        x = quantiles(q_std)
+        fake = best_critic(normal(x, s), normal(x, q_std))
+        least = best_loss(total_variation(s, q_std))
+        assert abs(scflow.critic_loss(real, fake) - least) < 2e-3
+        for scale in (-1.0, 0.0, 0.5, 1.5):  # any other height is worse
+            assert scflow.critic_loss(scale * real, scale * fake) > least + 0.01
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def best_critic(p, q):
+    return torch.sign(p - q)  # p(1−D) + q(1+D) falls towards the end with more density
+
+
+def best_loss(tv):
+    return 2 * (1 - tv)  # 2·min(p,q), integrated; and min(p,q) = (p+q−|p−q|)/2
+
+
+check()
 
 # %% [markdown]
 # Now a real critic, trained on draws of the data N(0, s²) and of their blurred copy at τ = 0.4.
@@ -273,27 +299,42 @@ plt.show()
 # %%
 def critic_slope(d, kind):
     """Derivative of the critic's loss on a sample with logit d."""
-    # your answer
-    return (d > -1).float() if kind == "hinge" else torch.sigmoid(d)
+    return ...  # your answer
 
 
 def student_slope(d, kind):
     """Derivative of the student's loss there."""
-    # your answer
-    return -torch.ones_like(d) if kind == "hinge" else -torch.sigmoid(-d)
+    return ...  # your answer
 
 
 # %%
 logits = torch.linspace(-4, 4, 200)
 safe = torch.tensor([9.0])  # the logit of some data, which costs next to nothing
-for kind in ("hinge", "softplus"):
-    d = logits.clone().requires_grad_()
-    loss = 200 * scflow.critic_loss(safe, d, kind)  # a sum over the samples, not a mean
-    (slope,) = torch.autograd.grad(loss, d)
-    assert torch.allclose(slope, critic_slope(logits, kind), atol=1e-6)
-    loss = 200 * scflow.adversarial_loss(d, kind)
-    (slope,) = torch.autograd.grad(loss, d)
-    assert torch.allclose(slope, student_slope(logits, kind), atol=1e-6)
+
+
+@exercise
+def check():
+    for kind in ("hinge", "softplus"):
+        d = logits.clone().requires_grad_()
+        loss = 200 * scflow.critic_loss(safe, d, kind)  # a sum over the samples, not a mean
+        (slope,) = torch.autograd.grad(loss, d)
+        assert torch.allclose(slope, critic_slope(logits, kind), atol=1e-6)
+        loss = 200 * scflow.adversarial_loss(d, kind)
+        (slope,) = torch.autograd.grad(loss, d)
+        assert torch.allclose(slope, student_slope(logits, kind), atol=1e-6)
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def critic_slope(d, kind):
+    return (d > -1).float() if kind == "hinge" else torch.sigmoid(d)
+
+
+def student_slope(d, kind):
+    return -torch.ones_like(d) if kind == "hinge" else -torch.sigmoid(-d)
+
+
+check()
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
@@ -487,9 +528,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# *What to see: the run's own critic proves little, early and late. The referee proves far less of the run than of the
-# regression, so a part of the silence is that the samples are better. What the referee proves beyond the run's own
-# critic is the other part: that one could not keep up.*
+# *What to see: the run's own critic proves little, early and late. There are two reasons. The samples are better: the
+# referee proves far less of the run than of the regression. And this critic cannot keep up: the referee proves more
+# than it does.*
 #
 # ## A critic alone
 #
@@ -502,14 +543,24 @@ plt.show()
 # %%
 def right_law_wrong_map(x1):
     """Samples (n,2) of the mixture, far from where the flow takes x1."""
-    # your answer
-    return mixture.flow_map(-x1, torch.ones(len(x1)), steps=50)  # −x₁ is Gaussian too
+    return ...  # your answer
 
 
 # %%
-score("wrong map", right_law_wrong_map(noise))
-assert scores["wrong map"]["distance"] < 1e3 * (floor["mean"] + 5 * floor["sd"])  # no critic would mind
-assert scores["wrong map"]["error"] > 2  # but each noise lands somewhere else
+@exercise
+def check():
+    score("wrong map", right_law_wrong_map(noise))
+    assert scores["wrong map"]["distance"] < 1e3 * (floor["mean"] + 5 * floor["sd"])  # no critic would mind
+    assert scores["wrong map"]["error"] > 2  # but each noise lands somewhere else
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def right_law_wrong_map(x1):
+    return mixture.flow_map(-x1, torch.ones(len(x1)), steps=50)  # −x₁ is Gaussian too
+
+
+check()
 
 # %% [markdown]
 # So the law does not fix the map. What does a student do that has nothing but the critic? It starts where the others
@@ -532,6 +583,12 @@ plt.show()
 # %% [markdown]
 # *What to see: a point has the colour of the direction of its noise. With the critic beside
 # consistency, colours lie where the exact map puts them. The critic alone mixes them up, and misses the modes.*
+
+# %%
+for name in ("regression", "with critic", "critic alone"):
+    precision = scores[name]["precision"]
+    error = scores[name]["error"]
+    print(f"{name:12} within 3σ of a mode {precision:.0%}, distance to the exact map {error:.2f}")
 
 # %% [markdown]
 # **The answer.** A regression knows which noise goes where, and answers with means. A critic knows what data look like

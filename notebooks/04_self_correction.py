@@ -35,6 +35,7 @@ except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
     import toy_2d
 import scflow
+from experiments.lecture import exercise
 from toy_2d import GREY, STUDENT, TEACHER
 
 GREEN = "#009E73"
@@ -109,22 +110,35 @@ plt.show()
 # %%
 def worst_time(s):
     """The t in (0,1) with the largest residual."""
-    # your answer
-    return s / (1 + s)  # a = b: (1−t)s = t
+    return ...  # your answer
 
 
 def worst_residual(s):
     """The residual there, for d = 1."""
-    # your answer
-    return s**2 * (math.sqrt(2) - 1) ** 2
+    return ...  # your answer
 
 
 # %%
-t = torch.linspace(0, 1, 20_001, dtype=torch.float64)
-for s in (0.15, 0.5, 1.0, 2.0):
-    curve = residual(s, t, d=1)
-    assert abs(t[curve.argmax()] - worst_time(s)) < 1e-3
-    assert abs(curve.max() - worst_residual(s)) < 1e-6 * s**2
+@exercise
+def check():
+    t = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    for s in (0.15, 0.5, 1.0, 2.0):
+        curve = residual(s, t, d=1)
+        assert abs(t[curve.argmax()] - worst_time(s)) < 1e-3
+        assert abs(curve.max() - worst_residual(s)) < 1e-6 * s**2
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def worst_time(s):
+    return s / (1 + s)  # a = b: (1−t)s = t
+
+
+def worst_residual(s):
+    return s**2 * (math.sqrt(2) - 1) ** 2
+
+
+check()
 
 # %% [markdown]
 # ## The same loss in velocities
@@ -138,8 +152,7 @@ for s in (0.15, 0.5, 1.0, 2.0):
 # %%
 def landing_error(v, x1, x0_hat, t):
     """f(x̂_t,t) − x̂₀ from the velocity v at x̂_t; t has shape (B,1)."""
-    # your answer
-    return t * ((x1 - x0_hat) - v)
+    return ...  # your answer
 
 
 # %%
@@ -151,7 +164,22 @@ x0_hat = scflow.predict_x0(net, x1, torch.ones(512))
 xt_hat = scflow.interpolate(x0_hat, x1, t)
 direct = scflow.predict_x0(net, xt_hat, t) - x0_hat
 v = net(xt_hat, t)
-assert torch.allclose(direct, landing_error(v, x1, x0_hat, t[:, None]), atol=1e-5)
+
+
+@exercise
+def check():
+    assert torch.allclose(direct, landing_error(v, x1, x0_hat, t[:, None]), atol=1e-5)
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def landing_error(v, x1, x0_hat, t):
+    return t * ((x1 - x0_hat) - v)
+
+
+check()
+
+# %%
 landing = direct.square().sum(1)
 velocity = (v - (x1 - x0_hat)).square().sum(1)
 assert torch.allclose(landing / velocity, t**2, rtol=1e-2, atol=1e-5)  # the velocity form is the same loss over t²
@@ -227,10 +255,7 @@ def asked_by_self_correction(x, s, t):
 
 def compromise(x, s, t, lam):
     """The f(x,t) that minimises E(f(x_t) − f*(x_t))² + λ·E(f(x̂_t) − x̂₀)²."""
-    # your answer: the mean of both, weighted by density
-    p = normal(x, sigma(s, t))
-    q = lam * normal(x, sigma_hat(s, t))
-    return (p * asked_by_consistency(x, s, t) + q * asked_by_self_correction(x, s, t)) / (p + q)
+    return ...  # your answer
 
 
 # %%
@@ -240,12 +265,28 @@ x0 = torch.randn(1_000_000, generator=generator)
 x1 = torch.randn(1_000_000, generator=generator)
 xt = (1 - t) * s * x0 + t * x1
 xt_hat = sigma_hat(s, t) * x1
-for place in (0.8, 1.6):
-    a = asked_by_consistency(xt[(xt - place).abs() < 0.02], s, t)  # what is asked in a narrow bin
-    b = asked_by_self_correction(xt_hat[(xt_hat - place).abs() < 0.02], s, t)
-    for lam in (0.1, 1.0, 10.0):
-        best = (a.sum() + lam * b.sum()) / (len(a) + lam * len(b))  # the best constant in the bin
-        assert abs(best - compromise(torch.tensor(place), s, t, lam)) < 0.02
+
+
+@exercise
+def check():
+    for place in (0.8, 1.6):
+        a = asked_by_consistency(xt[(xt - place).abs() < 0.02], s, t)  # what is asked in a narrow bin
+        b = asked_by_self_correction(xt_hat[(xt_hat - place).abs() < 0.02], s, t)
+        for lam in (0.1, 1.0, 10.0):
+            best = (a.sum() + lam * b.sum()) / (len(a) + lam * len(b))  # the best constant in the bin
+            assert abs(best - compromise(torch.tensor(place), s, t, lam)) < 0.02
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def compromise(x, s, t, lam):
+    # The mean of both, weighted by density.
+    p = normal(x, sigma(s, t))
+    q = lam * normal(x, sigma_hat(s, t))
+    return (p * asked_by_consistency(x, s, t) + q * asked_by_self_correction(x, s, t)) / (p + q)
+
+
+check()
 
 # %%
 x = torch.linspace(0, 3, 200)
@@ -330,11 +371,29 @@ plt.show()
 # %%
 def share_that_cannot_meet(starts, ends):
     """Share of the pairs i < j with ⟨starts_i − starts_j, ends_i − ends_j⟩ > 0."""
-    # your answer: the product of the difference with x₁ − y₁ is (1−t)·⟨…⟩ + t·‖x₁ − y₁‖², positive at all t
+    return ...  # your answer
+
+
+# %%
+@exercise
+def check():
+    row = torch.arange(4.0)[:, None]
+    bent = torch.tensor([[0.0], [1.0], [3.0], [2.0]])  # one pair of six changes its order
+    assert share_that_cannot_meet(row, row) == 1
+    assert share_that_cannot_meet(row, -row) == 0
+    assert abs(share_that_cannot_meet(row, bent) - 5 / 6) < 1e-6
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def share_that_cannot_meet(starts, ends):
+    # The product of the difference with x₁ − y₁ is (1−t)·⟨…⟩ + t·‖x₁ − y₁‖², positive at all t.
     i, j = torch.triu_indices(len(starts), len(starts), 1)
     products = (starts[i] - starts[j]) * (ends[i] - ends[j])
     return (products.sum(1) > 0).float().mean().item()
 
+
+check()
 
 # %%
 apart = share_that_cannot_meet(noise, data)
@@ -342,9 +401,6 @@ mapped = share_that_cannot_meet(noise, landed)
 print(f"pairs that cannot meet: drawn apart {apart:.3f}, exact map {mapped:.5f}")
 assert abs(apart - 0.5) < 0.05
 assert mapped > 0.9999  # the lines of the exact map do not cross
-row = torch.arange(4.0)[:, None]
-assert share_that_cannot_meet(row, row) == 1
-assert share_that_cannot_meet(row, -row) == 0
 
 # %% [markdown]
 # So on the eight Gaussians a student *can* be straight, and exact at t = 1. But it cannot also be the exact map in
@@ -593,6 +649,13 @@ for values in (strong, ours):
 assert points["exact map"]["gap"] > 1.5 * ours["gap"]
 assert chain["λ = 10"]["one"] > faithful["one"] + 5  # its own source: one step suffers too
 assert ours["eight"] < min(faithful["eight"], strong["eight"]) / 2  # the frozen source keeps the samples good
+
+# %%
+for name, phase in (("after phase 1", phase1), ("after phase 2", phase2)):
+    gap = phase["gap"][3]
+    euler = phase["euler"][3]
+    renoise = phase["renoise"][3]
+    print(f"{name}: gap {gap:.2f}; energy distance ×10³ of eight steps: Euler {euler:.1f}, re-noising {renoise:.1f}")
 
 # %% [markdown]
 # **The answer.** Straight lines make the step counts agree. The price is the teacher's map between the ends. You pay

@@ -37,6 +37,7 @@ except ImportError:  # a hosted notebook: fetch them once
 import scflow
 import toy_2d
 from celeba_latent import frechet_distance, knn_coverage
+from experiments.lecture import exercise
 from experiments.speed import count_flops
 
 torch.set_num_threads(1)  # networks this small run best in one thread
@@ -103,12 +104,24 @@ sheet({"held out": held_out[:9], "decoded": again[:9]})
 # %%
 def psnr(a, b):
     """Peak signal-to-noise ratio of pictures in [0,1], in decibels."""
-    # your answer
-    return -10 * (a - b).square().mean().log10().item()
+    return ...  # your answer
 
 
 # %%
-assert abs(psnr(torch.zeros(4), torch.full((4,), 0.1)) - 20) < 1e-4
+@exercise
+def check():
+    assert abs(psnr(torch.zeros(4), torch.full((4,), 0.1)) - 20) < 1e-4
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def psnr(a, b):
+    return -10 * (a - b).square().mean().log10().item()
+
+
+check()
+
+# %%
 ours = psnr(again, held_out)
 trivial = psnr(train.mean(0), held_out)
 print(f"autoencoder: {ours:.1f} dB; the mean picture: {trivial:.1f} dB")
@@ -237,24 +250,36 @@ assert distances["student", 1] < distances["teacher", 1] / 5
 # %%
 def impostor(n, d):
     """Rows (n,d) of mean 0 and covariance I that are not Gaussian."""
-    # your answer
-    near = torch.rand(n, 1, generator=generator) < 0.5
-    scale = torch.where(near, 0.2, (2 - 0.2**2) ** 0.5)  # the mean of its square is 1
-    return scale * torch.randn(n, d, generator=generator)
+    return ...  # your answer
 
 
 # %%
 a = torch.randn(4000, 16, generator=generator)
 b = torch.randn(4000, 16, generator=generator)
-fake = impostor(4000, 16)
 distance_true = frechet_distance(a, b)
-distance_fake = frechet_distance(fake, b)
 coverage_true = knn_coverage(b, a)
-coverage_fake = knn_coverage(b, fake)
-print(f"Fréchet: true {distance_true:.3f}, impostor {distance_fake:.3f}")
-print(f"coverage: true {coverage_true:.2f}, impostor {coverage_fake:.2f}")
-assert distance_fake < 3 * distance_true + 0.05
-assert coverage_fake < coverage_true - 0.2
+print(f"true: Fréchet {distance_true:.3f}, coverage {coverage_true:.2f}")
+
+
+@exercise
+def check():
+    fake = impostor(4000, 16)
+    distance = frechet_distance(fake, b)
+    coverage = knn_coverage(b, fake)
+    assert distance < 3 * distance_true + 0.05
+    assert coverage < coverage_true - 0.2
+    print(f"impostor: Fréchet {distance:.3f}, coverage {coverage:.2f}")
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def impostor(n, d):
+    near = torch.rand(n, 1, generator=generator) < 0.5
+    scale = torch.where(near, 0.2, (2 - 0.2**2) ** 0.5)  # the mean of its square is 1
+    return scale * torch.randn(n, d, generator=generator)
+
+
+check()
 
 # %% [markdown]
 # ## On a GPU
@@ -273,6 +298,10 @@ for name, model in nets.items():
     parameters = sum(p.numel() for p in model.parameters())
     flops = count_flops(model, torch.zeros(1, *model.shape), torch.zeros(1))
     print(f"{name:14} {parameters / 1e6:6.1f} M parameters, {flops / 1e9:7.3f} GFLOP a pass")
+
+# %%
+print(f"the autoencoder loses all beyond {ours:.1f} dB; the floor of the distance is {floor:.2f}, and above it")
+print(f"the student's one step is {distances['student', 1]:.2f}, the teacher's fifty {distances['teacher', 50]:.2f}")
 
 # %% [markdown]
 # **The answer.** The method did not notice. The representation did: what the autoencoder loses is lost, what the

@@ -33,6 +33,7 @@ except ImportError:  # a hosted notebook: fetch them once
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
     from experiments import relatives
 import toy_2d
+from experiments.lecture import exercise
 from scflow import interpolate, predict_x0
 from toy_2d import GaussianMixture
 
@@ -108,19 +109,29 @@ show(relatives.flow_matching, relatives.contrastive)
 # %%
 def contrastive_optimum(v_star, mean_velocity, weight):
     """The minimiser of E‖v − (x₁−x₀)‖² − weight·E‖v − other‖² at a point where flow matching gives v*."""
-    # your answer
-    return (v_star - weight * mean_velocity) / (1 - weight)
+    return ...  # your answer
 
 
 # %%
-v_star = torch.tensor([0.3, -1.0])
-mean_velocity = torch.tensor([0.7, 0.2])
-weight = 0.05
-v = contrastive_optimum(v_star, mean_velocity, weight).requires_grad_()
-near = (v - v_star).square().sum()
-far = (v - mean_velocity).square().sum()
-(near - weight * far).backward()
-assert v.grad.abs().max() < 1e-5  # so without a condition it is flow matching, wrong by a known amount
+@exercise
+def check():
+    v_star = torch.tensor([0.3, -1.0])
+    mean_velocity = torch.tensor([0.7, 0.2])
+    weight = 0.05
+    v = contrastive_optimum(v_star, mean_velocity, weight).requires_grad_()
+    near = (v - v_star).square().sum()
+    far = (v - mean_velocity).square().sum()
+    (near - weight * far).backward()
+    assert v.grad.abs().max() < 1e-5  # so without a condition it is flow matching, wrong by a known amount
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def contrastive_optimum(v_star, mean_velocity, weight):
+    return (v_star - weight * mean_velocity) / (1 - weight)
+
+
+check()
 
 # %% [markdown]
 # **2-rectified flow** is flow matching again, on pairs (x₁, what the teacher makes of it). Their lines hardly cross, so
@@ -234,7 +245,8 @@ plt.show()
 # error, for only a critic sees the data again. In four and eight steps consistency training leads, which goes back to
 # noise in between. Contrastive flow matching differs little from flow matching, as the exercise says. MeanFlow and flow
 # map matching pay for a derivative in every update. The self-corrected rows share this short time among a teacher and
-# two phases. What all of the time buys is in `results/relatives.md`.
+# two phases. What all of the time buys is in `results/bench.md`, measured with an earlier version, and for two of them
+# in `results/relatives.md`.
 
 # %%
 pairs = ("2-rectified flow", "paired regression")
@@ -244,7 +256,15 @@ for method in pairs:
 for steps in (4, 8):
     values = {method: found[method][steps] for method in (*pairs, *others) if steps in found[method]}
     assert min(values, key=values.get) == "consistency training"
+for steps in (1, 2, 4, 8):
+    values = {method: distances[steps] for method, distances in found.items() if steps in distances}
+    best = min(values, key=values.get)
+    print(f"{toy_2d.plural(steps, 'step')}: {best}, {values[best]:.1f}")
 
+# %% [markdown]
+# **The answer.** In a sixth of the time, in the plane: for one or two steps, regression on pairs that a teacher has
+# made; for four and more, consistency training, which goes back to noise in between. None is best everywhere.
+#
 # %% [markdown]
 # **Exercise.** A large network spends its time in passes: three for each row of an update, one for each evaluation of a
 # pair. How many updates of 256 rows do 50,000 pairs of 20 evaluations cost there?
@@ -253,13 +273,23 @@ for steps in (4, 8):
 # %%
 def updates_for_pairs(pairs, evaluations, rows):
     """Updates that take as many passes as the pairs; an update takes three passes of every row."""
-    # your answer
-    return pairs * evaluations / (3 * rows)
+    return ...  # your answer
 
 
 # %%
-assert round(updates_for_pairs(50_000, 20, 256)) == 1302
-assert updates_for_pairs(10**6, 100, 256) > 100_000  # a million pairs of fifty Heun steps: longer than the training
+@exercise
+def check():
+    assert round(updates_for_pairs(50_000, 20, 256)) == 1302
+    assert updates_for_pairs(10**6, 100, 256) > 100_000  # a million pairs of fifty Heun steps: longer than the training
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def updates_for_pairs(pairs, evaluations, rows):
+    return pairs * evaluations / (3 * rows)
+
+
+check()
 
 # %% [markdown]
 # ## What to try next

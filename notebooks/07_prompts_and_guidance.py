@@ -34,6 +34,7 @@ except ImportError:  # a hosted notebook: fetch them once
     from experiments import captions, guidance
 import scflow
 import toy_2d
+from experiments.lecture import exercise
 from toy_2d import EnergyDistance, GaussianMixture
 
 torch.set_num_threads(1)  # networks this small run best in one thread
@@ -235,8 +236,7 @@ plt.show()
 # %%
 def guided_mean(m, scale):
     """The mean of the samples that the guided velocity of N(0,s²) and N(m,s²) ends in."""
-    # your answer
-    return scale * m
+    return ...  # your answer
 
 
 # %%
@@ -251,9 +251,38 @@ def velocity(x, t, cond):
 
 noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
 label = torch.ones(1000, 1, dtype=torch.int64)
-for scale in (0.5, 1.0, 3.0):
-    x = scflow.sample(scflow.guided(velocity, scale), noise, 20, "heun", label)
-    assert abs(x[:, 0].mean() - guided_mean(1.2, scale)) < 0.05
-    assert (x.std(0) - 0.5).abs().max() < 0.05
-# Velocities of Gaussians of one width are linear in their means: v_w is the velocity of N(w·m, s²), the tilted density,
-# at every t. It takes more than one Gaussian, or other widths, for the two to part.
+
+
+@exercise
+def check():
+    for scale in (0.5, 1.0, 3.0):
+        x = scflow.sample(scflow.guided(velocity, scale), noise, 20, "heun", label)
+        assert abs(x[:, 0].mean() - guided_mean(1.2, scale)) < 0.05
+        assert (x.std(0) - 0.5).abs().max() < 0.05
+
+
+# %% jupyter={"source_hidden": true}
+# Solution
+def guided_mean(m, scale):
+    # Velocities of Gaussians of one width are linear in their means: v_w is the velocity of N(w·m, s²), the tilted
+    # density, at every t. It takes more than one Gaussian, or other widths, for the two to part.
+    return scale * m
+
+
+check()
+
+# %%
+print("energy distance ×10³ to a hundred passes of the guided teacher, after one pass of the student:")
+print(f"  its critic saw the teacher's samples {1000 * near:.1f}, its critic saw data {1000 * far:.1f}")
+
+# %% [markdown]
+# **The answer.** Yes: guidance can be distilled, and one pass takes the place of a hundred. But the critic has to see
+# what the guided teacher makes, where that is not what the data are. And following the guided velocity does not sample
+# the tilted density, except where only means differ.
+
+# %% [markdown]
+# ## What to try next
+#
+# - Guide at w = 4: how far is the student from its teacher now, and its teacher from the tilted density?
+# - Give the critic half data and half samples of the teacher. To which of the two does the student go?
+# - `python -m experiments.captions sample --prompt "a circle"` asks a trained student for an open colour.
