@@ -638,26 +638,19 @@ def progress(loop, total: int, name: str, quiet: bool = False):
 
 
 class Journal:
-    """What the figures need of a run's past: losses, gradient norms, samples and the critic's landscape."""
+    """What the figures need of a run's past: losses, samples and the critic's landscape."""
 
-    def __init__(self, data):
-        generator = torch.Generator().manual_seed(1)
+    def __init__(self):
         side = torch.linspace(-LIMIT, LIMIT, 48)
         self.rows = []  # losses of every tenth update
         self.frames = []  # samples and critic at some forty moments
-        self.noise = torch.randn(600, 2, generator=generator)
+        self.noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
         self.grid = torch.cartesian_prod(side, side)  # (48²,2)
-        self.x0 = data.sample(512, generator)[0]
-        self.x1 = torch.randn(512, 2, generator=generator)
-        self.t = torch.rand(512, generator=generator)
 
     def note(self, stage: str, run, total: int) -> None:
         """Record a TeacherRun or a StudentRun."""
         if run.step % 10 == 1:
-            row = {"stage": stage, "step": run.step, **run.losses}
-            if stage == "student" and run.step % 50 == 1:
-                row.update(self.gradient_norms(run))
-            self.rows.append(row)
+            self.rows.append({"stage": stage, "step": run.step, **run.losses})
         if stage == "student" and (run.step == 1 or run.step % max(total // 40, 1) == 0):
             device = next(run.ema.parameters()).device
             noise = self.noise.to(device)
@@ -667,22 +660,6 @@ class Journal:
                 with torch.no_grad():  # a picture of the critic
                     frame["critic"] = run.critic(self.grid.to(device)).cpu().half()
             self.frames.append(frame)
-
-    def gradient_norms(self, run) -> dict[str, float]:
-        """The length of the gradient of each weighted loss, for always the same draw."""
-        device = next(run.student.parameters()).device
-        x0, x1, t = self.x0.to(device), self.x1.to(device), self.t.to(device)
-        weights = run.phase.weights(run.phase.warmup)
-        norms = {}
-        for name, weight in weights.items():
-            if weight > 0:
-                alone = dict.fromkeys(weights, 0.0)
-                alone[name] = weight
-                generator = torch.Generator(device).manual_seed(1)  # of the neighbours' times
-                losses, _ = scflow.distill_losses(run, x0, x1, t, run.phase, alone, generator)
-                grads = torch.autograd.grad(weight * losses[name], run.student.parameters())
-                norms[f"norm_{name}"] = torch.cat([g.flatten() for g in grads]).norm().item()
-        return norms
 
 
 def fit_teacher(run: Run, data, settings: TeacherSettings, watch=None) -> scflow.MLP:
@@ -787,7 +764,7 @@ def train(run: Run, settings: TeacherSettings, schedule: tuple[Phase, ...]) -> t
         if not run.quiet:
             print(f"writing to {folder}")
         torch.set_num_threads(1)  # a second thread saves little on matrices this small, and rounds otherwise
-        journal = Journal(dataset(run.dataset))
+        journal = Journal()
         clock = [time.perf_counter()]
         teacher = fit_teacher(run, data, settings, journal.note)
         clock.append(time.perf_counter())
@@ -803,7 +780,7 @@ def train(run: Run, settings: TeacherSettings, schedule: tuple[Phase, ...]) -> t
         past = {"rows": journal.rows, "frames": journal.frames}
         scflow.save(folder / "teacher.pt", teacher)
         scflow.save(folder / "student.pt", state.ema, target=state.target.state_dict(), **past)
-        write_csv(folder / "log.csv", journal.rows)  # losses unweighted, norms weighted
+        write_csv(folder / "log.csv", journal.rows)  # the losses are unweighted
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return folder, metrics
 
@@ -991,9 +968,10 @@ class Pictures:
             x, path = scflow.sample(getattr(self, who), noise, steps, trajectory=True)  # (n,2), (steps+1,n,2)
             for i, colour in enumerate(colours):
                 ax.plot(path[:, i, 0], path[:, i, 1], color=colour, lw=0.9)
-            ax.scatter(*noise.T.numpy(), s=6, color="#bbbbbb", zorder=3)
-            ax.scatter(*x.T.numpy(), s=8, color="black", zorder=4)
+            ax.scatter(*noise.T.numpy(), s=6, color="#bbbbbb", zorder=3, label="noise")
+            ax.scatter(*x.T.numpy(), s=8, color="black", zorder=4, label="where it lands")
             window(ax, f"{who}, {plural(steps, 'Euler step')}")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
         return figure
 
     def field(self, plt):
@@ -1013,7 +991,7 @@ class Pictures:
                 picture = ax.imshow(shade.numpy(), "YlOrBr", origin="lower", extent=square, vmin=0, vmax=2)
                 xt = scflow.interpolate(self.x0[:200], x1, torch.full((200,), t))
                 ax.scatter(*xt.T.numpy(), s=4, color=STUDENT, linewidths=0)
-                ax.quiver(*coarse.T.numpy(), *arrows.T.numpy(), color="black", scale=45, width=0.006)
+                ax.quiver(*coarse.T.numpy(), *arrows.T.numpy(), color="black", scale=30, width=0.009)
                 window(ax, f"{who}, t = {t:g}")
         label = "‖v − exact v‖ (student: average v)" if self.exact else "‖v‖"
         figure.colorbar(picture, ax=axes, shrink=0.7, label=label, extend="max")
@@ -1039,43 +1017,59 @@ class Pictures:
         return error
 
     def losses(self, plt):
-        """Losses and gradient norms over training, and the losses by t at its end."""
+        """The losses over the student's training, and by t at its end."""
         figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.7))
-        for name, colour in LOSS_COLOURS.items():
-            self.plot_log(axes[0], name, name, colour)
-            self.plot_log(axes[1], f"norm_{name}", name, colour)
+        for name in ("consistency", "bi", "self"):
+            self.plot_log(axes[0], name)
+        for name in ("adv", "critic"):
+            self.plot_log(axes[1], name)
         edges, values = self.losses_by_t()
         for name, value in values.items():
             axes[2].stairs(value, edges, baseline=None, color=LOSS_COLOURS[name], label=name, lw=1.8)
-        axes[0].set(title="losses (running mean)", xlabel="student update")
-        axes[0].set_yscale("symlog", linthresh=0.01)
-        axes[1].set(title="gradient norm of each weighted loss", xlabel="student update", yscale="log")
-        axes[2].set(title="losses by t, at the end", xlabel="t", yscale="log")
+        axes[0].set(title="distances", xlabel="student update", yscale="log")
+        axes[1].set(title="student against critic", xlabel="student update")
+        axes[2].set(title="by t, at the end", xlabel="t", yscale="log")
         for ax in axes:
-            ax.legend(fontsize=8, ncols=2)
+            if ax.has_data():
+                ax.legend(fontsize=9)
+            else:
+                ax.set_visible(False)  # a schedule without a critic
         return figure
 
-    def plot_log(self, ax, key: str, label: str, colour: str) -> None:
-        """One column of the log against the student's updates, with a line where a phase ends."""
-        rows = [row for row in self.rows if row["stage"] == "student" and key in row]
-        if not rows:
-            return
-        width = 1 if key.startswith("norm") else max(1, min(15, len(rows) // 4))  # single batches are noisy
-        mean = np.convolve([row[key] for row in rows], np.ones(width) / width, "valid")
-        steps = [row["step"] for row in rows][(width - 1) // 2 :][: len(mean)]
-        ax.plot(steps, mean, color=colour, label=label, lw=1.6, marker="." if width == 1 else None)
-        end = 0
-        for phase in self.schedule[:-1]:
-            end += phase.steps
+    def plot_log(self, ax, name: str) -> None:
+        """One loss against the student's updates: the mean of fifteen records of its phase, as batches are noisy."""
+        student = [row for row in self.rows if row["stage"] == "student" and name in row]
+        label = name
+        for phase, end in zip(self.schedule, self.phase_ends()):
+            rows = [row for row in student if end - phase.steps < row["step"] <= end]
+            if not rows:
+                continue
+            values = [row[name] for row in rows]
+            means = [np.mean(values[max(0, i - 7) : i + 8]) for i in range(len(values))]
+            ax.plot([row["step"] for row in rows], means, color=LOSS_COLOURS[name], label=label, lw=1.6)
+            label = None  # a later phase needs no second entry in the legend
+        for end in self.phase_ends()[:-1]:
             ax.axvline(end, color=GREY, ls=":", lw=1)
 
+    def phase_ends(self) -> list[int]:
+        """The student's update after which each phase ends."""
+        return np.cumsum([phase.steps for phase in self.schedule]).tolist()
+
     def losses_by_t(self, bins: int = 10, n: int = 2000):
-        """Mean teacher and student losses in equal bins of t: edges (bins+1,), {name: [value per bin]}."""
+        """The teacher's loss, and the student's that it was trained on, in equal bins of t.
+
+        Returns edges (bins+1,) and {name: [value per bin]}.
+        """
         generator = torch.Generator().manual_seed(5)
         edges = np.linspace(0, 1, bins + 1)
         phase = replace(self.schedule[0], self_source="student", self_form="x0")
-        weights = {"consistency": 1.0, "bi": 1.0, "adv": 0.0, "self": 1.0}
-        values = {"flow": [], "consistency": [], "bi": [], "self": []}
+        weights = {"consistency": 0.0, "bi": 0.0, "adv": 0.0, "self": 0.0}
+        values = {"flow": []}
+        for trained in self.schedule:
+            for name, weight in trained.weights(trained.warmup).items():
+                if weight > 0 and name != "adv":  # it has t = 1 only
+                    weights[name] = 1.0
+                    values[name] = []
         for low in edges[:-1]:
             x0, _ = self.data.sample(n, generator)
             x1 = torch.randn(n, 2, generator=generator)
@@ -1101,7 +1095,7 @@ class Pictures:
             picture = ax.contourf(side, side, critic, levels, cmap="PuOr_r", extend="both")
             ax.contour(side, side, critic, [0], colors="black", linewidths=0.8)
             cloud(ax, frame["samples"][0].float(), f"after {plural(frame['step'], 'update')}", "black", 3)
-        figure.colorbar(picture, ax=axes, shrink=0.8, label="D(x)", ticks=[-1.5, 0, 1.5])
+        figure.colorbar(picture, ax=axes, shrink=0.8, label="D(x): purple samples, orange data", ticks=[-1.5, 0, 1.5])
         return figure
 
     def gif(self, plt) -> Path:
@@ -1117,7 +1111,8 @@ class Pictures:
                 ax.clear()
                 cloud(ax, self.x0, "", "#dddddd", 2)
                 cloud(ax, x, plural(steps, "step"), colours, 5)
-            figure.suptitle(f"student after {plural(frame['step'], 'update')}", fontsize=12)
+            phase = 1 + sum(frame["step"] > end for end in self.phase_ends())
+            figure.suptitle(f"phase {phase}: student after {plural(frame['step'], 'update')}", fontsize=12)
 
         frames = self.frames + 8 * self.frames[-1:]  # it ends on a pause
         path = self.folder / "distillation.gif"
