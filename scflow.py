@@ -50,6 +50,7 @@ import pickle
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -59,6 +60,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, t, cond) → v(x,t); a network is one
+Batch = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]  # (n, generator) → n rows of data, and cond
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 # ═══ 1. The straight path ═════════════════════════════════════════════════════════════════
 
@@ -74,12 +79,12 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * x1
 
 
-def predict_x0(net, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+def predict_x0(net: Velocity, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
     """f(x,t) = x − t·v(x,t): where the straight line through (x,t) with slope v meets t = 0."""
     return x - broadcast(t, x) * net(x, t, cond)
 
 
-def solver_step(net, x: Tensor, t: Tensor, s: Tensor, solver: str, cond: Tensor | None = None) -> Tensor:
+def solver_step(net: Velocity, x: Tensor, t: Tensor, s: Tensor, solver: str, cond: Tensor | None = None) -> Tensor:
     """One step along dx/dt = v(x,t) from times t (B,) to times s (B,): "euler" or "heun"."""
     h = broadcast(t - s, x)
     v = net(x, t, cond)
@@ -100,7 +105,7 @@ def read_walk(walk: str) -> tuple[str, int]:
     return solver, int(steps)
 
 
-def follow(net, x: Tensor, t: Tensor, s: Tensor, walk: str = "euler", cond: Tensor | None = None) -> Tensor:
+def follow(net: Velocity, x: Tensor, t: Tensor, s: Tensor, walk: str = "euler", cond: Tensor | None = None) -> Tensor:
     """Walk along dx/dt = v(x,t) from times t (B,) to times s (B,), which may be above t.
 
     walk  "euler" is the paper's one Euler step, "heun" one Heun step, "heun-2" two equal Heun steps.
@@ -123,7 +128,7 @@ def nfe(steps: int, solver: str = "euler") -> int:
 
 @torch.no_grad()  # a sampler never trains anything
 def sample(
-    net,
+    net: Velocity,
     noise: Tensor,
     steps: int = 1,
     solver: str = "euler",
@@ -133,7 +138,7 @@ def sample(
     beta: float = 1.0,
     generator: torch.Generator | None = None,
     trajectory: bool = False,
-):
+) -> Tensor | tuple[Tensor, Tensor]:
     """Carry `noise` (B,…) from t = `start` to t = 0 in `steps` equal steps.
 
     solver      "euler" (1 evaluation a step), "heun" (2, of order two), or "renoise": jump to
@@ -178,7 +183,7 @@ class Refused(ValueError):
     """What `require` raises. Its message is written for whoever gave the input."""
 
 
-def require(condition, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Raise Refused, a ValueError, with this message if the condition does not hold."""
     if not condition:
         raise Refused(message)
@@ -206,14 +211,14 @@ def flow_matching_loss(v: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
 
 
 def truncated_consistency_loss(
-    f_t: Tensor, f_s: Tensor, x0: Tensor, s: Tensor, tau: float, distance=pseudo_huber
+    f_t: Tensor, f_s: Tensor, x0: Tensor, s: Tensor, tau: float, distance: Distance = pseudo_huber
 ) -> Tensor:
     """d(f_θ(x_t,t), f_θ⁻(x_s,s)) with s ≤ t. Where s < τ the true x₀ is the target."""
     target = torch.where(broadcast(s, x0) < tau, x0, f_s)
     return distance(f_t, target)
 
 
-def bidirectional_loss(f_t: Tensor, f_u: Tensor, distance=pseudo_huber) -> Tensor:
+def bidirectional_loss(f_t: Tensor, f_u: Tensor, distance: Distance = pseudo_huber) -> Tensor:
     """d(f_θ(x_t,t), f_θ⁻(x_u,u)) with u ≥ t. It is never truncated."""
     return distance(f_t, f_u)
 
@@ -250,7 +255,7 @@ def critic_loss(real: Tensor, fake: Tensor, kind: str = "hinge") -> Tensor:
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
-def r1_penalty(critic, x0: Tensor, cond: Tensor | None = None) -> Tensor:
+def r1_penalty(critic: nn.Module, x0: Tensor, cond: Tensor | None = None) -> Tensor:
     """½·E‖∇D(x₀)‖² over data (B,…)."""
     x0 = x0.detach().requires_grad_()
     logits = critic(x0, cond)
@@ -263,7 +268,16 @@ def first_rows(cond: Tensor | None, n: int) -> Tensor | None:
     return None if cond is None else cond[:n]
 
 
-def distill_losses(run, x0, x1, t, phase, weights, generator=None, cond=None):
+def distill_losses(
+    run: "StudentRun",
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    phase: "Phase",
+    weights: dict[str, float],
+    generator: torch.Generator | None = None,
+    cond: Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """The student's losses for one draw of data and noise x₀, x₁ (B,…) and times t (B,).
 
     run      has .teacher, .student, .target, .critic, and .ema and .frozen if `phase.self_source` asks for them.
@@ -484,7 +498,14 @@ def check_schedule(schedule: tuple[Phase, ...]) -> None:
     )
 
 
-def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None, resume=None):
+def train_teacher(
+    net: nn.Module,
+    batch: Batch,
+    generator: torch.Generator,
+    settings: TeacherSettings = TeacherSettings(),
+    oracle: Velocity | None = None,
+    resume: dict | None = None,
+) -> Iterator["TeacherRun"]:
     """Rectified flow: fit v_φ(x_t,t) to x₁ − x₀. Yields a TeacherRun after each update.
 
     net     is trained in place.
@@ -529,16 +550,16 @@ def train_teacher(net, batch, generator, settings=TeacherSettings(), oracle=None
 
 
 def distill(
-    teacher,
-    critic,
-    batch,
-    generator,
-    schedule=SCHEDULES["paper"],
-    student=None,
+    teacher: Velocity,
+    critic: nn.Module,
+    batch: Batch,
+    generator: torch.Generator,
+    schedule: tuple[Phase, ...] = SCHEDULES["paper"],
+    student: nn.Module | None = None,
     *,
-    resume=None,
-    loss_function=distill_losses,
-):
+    resume: dict | None = None,
+    loss_function: Callable = distill_losses,
+) -> Iterator["StudentRun"]:
     """Self-corrected flow distillation. Yields a StudentRun after each update.
 
     teacher        any callable (x, t, cond) → v. A network is copied and frozen; another callable is used as it is.
@@ -691,7 +712,9 @@ class StudentRun(Run):
     latest: dict[str, Tensor] = field(default_factory=dict)  # losses of the latest update
 
 
-def start_distillation(teacher, critic, generator, phase, student=None) -> StudentRun:
+def start_distillation(
+    teacher: Velocity, critic: nn.Module, generator: torch.Generator, phase: Phase, student: nn.Module | None = None
+) -> StudentRun:
     """The run before its first update: student, target, average and frozen copy start alike."""
     trainable = isinstance(teacher, nn.Module) and any(p.numel() for p in teacher.parameters())
     advice = "pass student=, a network fitted to it by train_teacher(oracle=teacher)"
@@ -721,12 +744,12 @@ def next_phase(run: StudentRun) -> None:
     run.opt.state.clear()
 
 
-def clone(net):
+def clone(net: nn.Module) -> nn.Module:
     """A frozen copy of the network."""
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 
-def adamw(net, lr: float, betas=(0.9, 0.999)) -> torch.optim.AdamW:
+def adamw(net: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
     """AdamW without decay, fused where torch has that."""
     fused = next(net.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(net.parameters(), lr, betas, weight_decay=0.0, fused=fused)
@@ -756,7 +779,7 @@ def growing(step: int, cap: float) -> float:
 
 
 @torch.no_grad()  # an average is updated by hand, never by an optimiser
-def ema_update(average, net, decay: float) -> None:
+def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
     """average ← decay·average + (1−decay)·net, buffers included; exactly `net` at decay 0, untouched at 1."""
     if decay == 1:
         return
@@ -881,7 +904,7 @@ class PointCritic(nn.Module):
         return self.head(features)[:, 0] + projection(self.words, features, cond)
 
 
-def projection(words: TokenEmbedding | None, features: Tensor, cond: Tensor | None):
+def projection(words: TokenEmbedding | None, features: Tensor, cond: Tensor | None) -> Tensor | float:
     """What a critic adds to its logits: features (B,D) · summed vectors of the words (Miyato & Koyama, 2018).
 
     It is a sum over the words. So it cannot tell what only their combination says, such as which is left of which.
@@ -999,7 +1022,7 @@ class DiT(nn.Module):
         variance = (1 - t) ** 2 + t**2  # σ_t²
         return (2 * t - 1) / variance * x + rest / variance.sqrt()
 
-    def transformer(self, x, t, cond):
+    def transformer(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """The rest of the velocity times σ_t, (B,C,H,W)."""
         h = self.embed(patchify(x, self.patch)) + self.positions  # (B,N,D)
         c = self.time(timestep_embedding(t, 256).to(x.dtype))  # (B,D)
@@ -1070,7 +1093,7 @@ class LatentCritic(nn.Module):
 # ═══ 5. Guidance ══════════════════════════════════════════════════════════════════════════
 
 
-def guided(net, w: float):
+def guided(net: Velocity, w: float) -> Velocity:
     """Classifier-free guidance (Ho & Salimans, 2022): the velocity v(x,t) + w·(v(x,t,c) − v(x,t)).
 
     w = 1 is the conditional velocity, w = 0 the unconditional one. At each t its score is that of
@@ -1107,7 +1130,7 @@ def build(arch: dict) -> nn.Module:
 
 
 @contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write a file at. When the block ends well, that file takes the place of `path`.
 
     A program killed at any moment leaves either the old file or the new one, whole.
@@ -1126,7 +1149,7 @@ def replacing(path):
 
 
 @contextmanager
-def reading(path, kind: str):
+def reading(path: str | Path, kind: str) -> Iterator[None]:
     """Turn whatever fails in this block into a ValueError: "PATH is damaged, or no KIND".
 
     Readers of foreign bytes raise nearly anything; so does code that uses what they return. What `require` raises
@@ -1141,7 +1164,7 @@ def reading(path, kind: str):
         raise Refused(f"{path} is damaged, or no {kind}") from None
 
 
-def save(path, net: nn.Module, **extra) -> None:
+def save(path: str | Path, net: nn.Module, **extra) -> None:
     """Write the network's weights and `extra` (tensors, numbers, strings, lists, dictionaries) atomically.
 
     Raises FloatingPointError if weights are not finite, ValueError if `read` would refuse the file, and OSError
@@ -1163,7 +1186,7 @@ def save(path, net: nn.Module, **extra) -> None:
             raise Refused(f"{path} is not written: of what it is to hold, not all are {kinds}") from None
 
 
-def read(path, *keys: str) -> dict:
+def read(path: str | Path, *keys: str) -> dict:
     """The dictionary that `save` wrote, on the CPU.
 
     keys  entries that it must have, beside those of every file.
@@ -1177,7 +1200,7 @@ def read(path, *keys: str) -> dict:
     return content
 
 
-def read_tensors(path):
+def read_tensors(path: str | Path) -> dict:
     """What torch.save has put in a file, on the CPU. Nothing in it is executed."""
     with zipfile.ZipFile(path) as archive:
         require(archive.testzip() is None, f"{path} is damaged: a checksum is wrong")  # torch does not look
@@ -1186,7 +1209,7 @@ def read_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load(path, net: nn.Module | None = None, device="cpu") -> nn.Module:
+def load(path: str | Path, net: nn.Module | None = None, device: str = "cpu") -> nn.Module:
     """The network of a weights file, frozen and ready for `sample`.
 
     net  an instance to fill, for architectures that are not in NETWORKS.
