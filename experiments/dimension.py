@@ -2,6 +2,7 @@
 
     python -m experiments.dimension            mixtures in 2 to 512 dimensions, three seeds
     python -m experiments.dimension --quick    one seed, a twentieth of the updates, up to 32 dimensions
+    python -m experiments.dimension photographs --run runs/faces    on the latents of a run of celeba_latent.py
 
 In two dimensions, with all losses together at the reference's weights, two steps are much worse than one. The reason:
 points x_t between data and noise lie among points x̂_t of the student's own straight lines. There consistency and
@@ -10,6 +11,8 @@ one network could satisfy both losses. This program measures how far they overla
 one.
 """
 
+import hashlib
+import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import celeba_latent
 import scflow
 import toy_2d
 from experiments import common, growth
@@ -56,6 +60,7 @@ LOSSES = {
     "consistency": replace(JOINT, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0),
     "joint, hinge": JOINT,
     "joint, softplus and R1": replace(JOINT, adversarial="softplus", r1=1.0),
+    "the same, λ_self 1": replace(JOINT, adversarial="softplus", r1=1.0, lambda_self=1.0),
 }
 START = scflow.TeacherSettings(teacher_steps=1500, teacher_batch=256)  # fits the student's first weights
 
@@ -141,6 +146,43 @@ def measure(d: int, losses: str, seed: int = 0, share: float = 1.0, samples: int
     return found
 
 
+# What photographs need: fewer rows, for a network that costs more, and a lower rate.
+ON_PHOTOGRAPHS = dict(batch=32, lr=1e-3, lr_critic=2e-4)
+
+
+def measure_photographs(folder: str, losses: str, seed: int, updates: int, samples: int) -> dict:
+    """Distil the teacher of a run folder of celeba_latent.py, from the start of its own student.
+
+    Returns Fréchet distances in layout, less the floor ("student 4" is that of four steps), and the overlap.
+    """
+    teacher, codec = celeba_latent.load_run(Path(folder, "teacher.pt"), "cpu")
+    latents = toy_2d.read_config(Path(folder), celeba_latent.RUN, "latents")["latents"]
+    data = celeba_latent.Latents(latents)
+    data.require_codec(codec.content, folder)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch = data.batch("cpu")
+    start = celeba_latent.start_from_normal(teacher, data.normalised(data.train, mirrored=True), "map")
+    critic = scflow.LatentCritic(data.shape)
+    phase = replace(LOSSES[losses], steps=updates, **ON_PHOTOGRAPHS)
+    for run in scflow.distill(teacher, critic, batch, generator, (phase,), student=start):
+        student = run.ema
+
+    generator = torch.Generator().manual_seed(10**6 + seed)
+    layout = celeba_latent.PictureMeasure(*data.originals(data.held_out))
+    floor, _ = celeba_latent.floor_of(layout, data, samples, generator)
+    noise = torch.randn(samples, *data.shape, generator=generator)
+    found = {"losses": losses, "d": math.prod(data.shape), "seed": seed}
+    found["floor"], found["floor sd"] = floor["layout"]
+    for steps in (1, 2, 4, 8):
+        pictures = celeba_latent.generate(student, noise, steps, codec)
+        distance = layout(*celeba_latent.features_of(pictures))["layout"]
+        found[f"student {steps}"] = distance - floor["layout"][0]
+    found["overlap"] = overlap(halfway(student, batch, generator), 100)
+    found["machine"] = toy_2d.machine()
+    return found
+
+
 # ═══ 4. Table and figure ══════════════════════════════════════════════════════════════════
 
 
@@ -161,52 +203,48 @@ def ratio(runs: list[dict]) -> float:
     return two / one
 
 
-def table(results: list[dict]) -> list[str]:
-    """Lines of Markdown: one row for each case."""
+def table(results: list[dict], scale: float = 1e3) -> list[str]:
+    """Lines of Markdown: one row for each case, distances times `scale`."""
     lines = []
     for (losses, d), runs in cases(results).items():
         cells = [losses, str(d)]
         for steps in (1, 2, 4, 8):
-            cells.append(common.mean_sd([run[f"student {steps}"] for run in runs], 1e3))
+            cells.append(common.mean_sd([run[f"student {steps}"] for run in runs], scale))
         floor = np.mean([run["floor"] for run in runs])
         sd = np.mean([run["floor sd"] for run in runs])
-        cells.append(f"{1e3 * floor:.2f} ± {1e3 * sd:.2f}")
+        cells.append(f"{scale * floor:.2f} ± {scale * sd:.2f}")
         cells.append(f"{ratio(runs):.1f}")
         cells.append(common.mean_sd([run["overlap"] for run in runs]))
         lines.append(cells)
     return common.markdown(["losses", "d", "1 step", "2", "4", "8", "floor", "2 ÷ 1", "overlap"], lines)
 
 
-COLOURS = ("#999999", "#0072B2", "#D55E00")
-MARKERS = ("o", "s", "D")
+COLOURS = ("#999999", "#0072B2", "#D55E00", "#009E73")
+MARKERS = ("o", "s", "D", "^")
 
 
 def plot(results: list[dict], path) -> None:
-    """Left: the overlap against d. Right: how much worse two steps are than one, against d."""
+    """Against d: the overlap, and the energy distances of one step and of two."""
     plt = toy_2d.drawing()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
+    axes[1].sharey(axes[2])
     found = cases(results)
+    keys = {"overlap": 1, "student 1": 1e3, "student 2": 1e3}
     for losses, colour, marker in zip(LOSSES, COLOURS, MARKERS):
         mine = {d: runs for (name, d), runs in found.items() if name == losses}
-        if not mine:
-            continue
-        overlaps = [np.mean([run["overlap"] for run in runs]) for runs in mine.values()]
-        ratios = [ratio(runs) for runs in mine.values()]
-        left.plot(mine.keys(), overlaps, color=colour, marker=marker, label=losses)
-        right.plot(mine.keys(), ratios, color=colour, marker=marker, label=losses)
-    for ax in (left, right):
+        for ax, (key, scale) in zip(axes, keys.items()):
+            means = [scale * np.mean([run[key] for run in runs]) for runs in mine.values()]
+            ax.plot(mine.keys(), means, color=colour, marker=marker, label=losses)
+    for ax in axes:
         ticks = sorted({d for _, d in found})
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.set_xlabel("dimensions d")
-    left.set(ylabel="overlap of x_t and x̂_t at t = ½", ylim=(0, 1))
-    right.axhline(1, color="#cccccc", lw=1)
-    right.set_yscale("log")
-    right.set_yticks([1, 2, 5, 10, 20], [1, 2, 5, 10, 20])
-    right.minorticks_off()
-    right.set_ylabel("energy distance of two steps ÷ of one")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    axes[0].set(title="overlap of x_t and x̂_t, t = ½", ylim=(0, 1))
+    axes[1].set(title="one step: energy distance × 10³", yscale="log")
+    axes[2].set(title="two steps: energy distance × 10³", yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
     toy_2d.write_figure(path, figure, 80)
     plt.close(figure)
 
@@ -266,9 +304,58 @@ def dimension_command(argv: list[str]) -> None:
     plot(results, f"{settings.out}.png")
 
 
+@dataclass(frozen=True)
+class Photographs:
+    """Whose teacher is distilled, how long, and where the results go."""
+
+    run: str = "runs/faces"  # run folder of celeba_latent.py
+    seeds: tuple = (0,)  # seeds
+    updates: int = 1000  # updates of each student
+    samples: int = 2000  # samples in the evaluation
+    workers: int = os.cpu_count() or 1  # runs side by side, one thread each
+    runs: str = "runs/dimension"  # folder of the finished runs, which are read back
+    out: str = "results/dimension-photographs"  # path of the results, without .md and .csv
+
+    def __post_init__(self):
+        common.check_values(self, "seeds")
+        require(self.updates >= 1, f"updates must be at least 1, not {self.updates}")
+        require(self.samples >= 1000, f"a Fréchet distance needs 1000 samples or more, not {self.samples}")
+        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
+
+
+ABOUT_PHOTOGRAPHS = """Latents of photographs. Fréchet distance in layout, less the floor, of the student after 1, 2, 4
+and 8 Euler steps; floor: that of as many photographs. 2 ÷ 1 and overlap as in dimension.md."""
+
+
+def photographs_command(argv: list[str]) -> None:
+    """The same measured on photographs: the teacher of a run of celeba_latent.py is distilled with the same losses."""
+    (given,) = toy_2d.cli(argv, photographs_command.__doc__, Photographs())
+    settings = Photographs(**given)
+    teacher = Path(settings.run, "teacher.pt")
+    require(teacher.is_file(), f"no teacher in {settings.run}: run celeba_latent.py teacher --out {settings.run} first")
+    how = {"folder": settings.run, "updates": settings.updates, "samples": settings.samples}
+    weights = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    cells = []
+    paths = []
+    for losses in LOSSES:
+        for seed in settings.seeds:
+            cell = {"losses": losses, "seed": seed, **how}
+            mark = common.fingerprint(cell, weights, LOSSES[losses], ON_PHOTOGRAPHS)
+            cells.append(cell)
+            paths.append(Path(settings.runs, f"{common.slug('photographs', losses, seed)}-{mark}.json"))
+    common.open_out(settings.out)
+    results = common.run_cells(measure_photographs, cells, paths, settings.workers)
+    toy_2d.write_csv(f"{settings.out}.csv", results)
+    seeds = ", ".join(str(seed) for seed in settings.seeds)
+    about = f"Seeds {seeds}; {settings.samples} samples; {settings.updates} updates; {results[0]['machine']}."
+    lines = [ABOUT_PHOTOGRAPHS, about, "", *table(results, scale=1)]
+    common.write_report(settings.out, "experiments.dimension photographs", argv, lines)
+
+
 def main(argv=None) -> int:
-    """Run the program; returns its exit code."""
-    return toy_2d.main(argv, {"dimension": dimension_command}, "dimension", "experiments.dimension")
+    """Run a command, without its name the test on mixtures; returns its exit code."""
+    commands = {"dimension": dimension_command, "photographs": photographs_command}
+    return toy_2d.main(argv, commands, "dimension", "experiments.dimension")
 
 
 if __name__ == "__main__":

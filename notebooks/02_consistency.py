@@ -92,8 +92,8 @@ plt.show()
 # ## A loss from the two facts
 #
 # Learn f\* without walking the paths. Take a point x_t and its neighbour on the path, a little nearer to the data. Ask
-# the student for the same answer at both: that is **consistency**. The target is the answer of θ⁻, an average of the student's
-# latest weights, which is held fixed in the update.
+# the student for the same answer at both: that is **consistency**. The target is the answer of θ⁻, an average of the
+# student's latest weights, which is held fixed in the update.
 #
 # The other fact, f(x,0) = x, costs nothing: f(x,t) = x − t·v(x,t) has it **whatever the weights are**.
 
@@ -250,9 +250,9 @@ assert abs(ratios[-1] - 4) < 0.1
 # %% [markdown]
 # ## What a window trades
 #
-# So take a tiny window? Only at t = 0 is the answer known from the start, f(x,0) = x. With every refit it is known up to
-# a time that is at most δ higher. We can watch it: keep one factor a(t) for each t of a grid. A **sweep** refits all of
-# them, each to the mean of its targets.
+# So take a tiny window? Only at t = 0 is the answer known from the start, f(x,0) = x. With every refit it is known up
+# to a time that is at most δ higher. We can watch it: keep one factor a(t) for each t of a grid. A **sweep** refits all
+# of them, each to the mean of its targets.
 
 # %%
 grid = torch.linspace(0, 1, 801, dtype=torch.float64)
