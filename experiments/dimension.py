@@ -109,6 +109,21 @@ def halfway(student, batch, generator):
     return draw
 
 
+def overlap_of_exact(d: int, std: float = 0.15) -> float:
+    """At most so far x_t and x̂_t overlap at t = ½, if the student is the exact flow map of `growth.mixture(d)`, d > 4.
+
+    It is the overlap in the d − 4 dimensions that have no modes. There data are N(0,std²), and x̂₀ = std·x₁.
+    """
+    n = d - 4
+    p = (std**2 + 1) / 4  # variance of x_t, in each dimension
+    q = (std + 1) ** 2 / 4  # of x̂_t
+    square = n * math.log(q / p) / (1 / p - 1 / q)  # ‖x‖² where both densities are equal
+    half = torch.tensor(n / 2)
+    inside_p = torch.special.gammainc(half, torch.tensor(square / p / 2))  # ‖x‖²/p has a chi-square distribution
+    inside_q = torch.special.gammainc(half, torch.tensor(square / q / 2))
+    return (1 - inside_p + inside_q).item()
+
+
 # ═══ 3. One run ═══════════════════════════════════════════════════════════════════════════
 
 
@@ -235,6 +250,8 @@ def plot(results: list[dict], path) -> None:
         for ax, (key, scale) in zip(axes, keys.items()):
             means = [scale * np.mean([run[key] for run in runs]) for runs in mine.values()]
             ax.plot(mine.keys(), means, color=colour, marker=marker, label=losses)
+    many = [d for d in sorted({d for _, d in found}) if d > 4]
+    axes[0].plot(many, [overlap_of_exact(d) for d in many], "k:", label="exact map, at most")
     for ax in axes:
         ticks = sorted({d for _, d in found})
         ax.set_xscale("log", base=2)
@@ -244,7 +261,7 @@ def plot(results: list[dict], path) -> None:
     axes[0].set(title="overlap of x_t and x̂_t, t = ½", ylim=(0, 1))
     axes[1].set(title="one step: energy distance × 10³", yscale="log")
     axes[2].set(title="two steps: energy distance × 10³", yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     toy_2d.write_figure(path, figure, 80)
     plt.close(figure)
 
@@ -300,7 +317,9 @@ def dimension_command(argv: list[str]) -> None:
     seeds = ", ".join(str(seed) for seed in settings.seeds)
     machines = "; ".join(sorted({run["machine"] for run in results}))
     about = f"Seeds {seeds}; {settings.samples} samples; {machines}."
-    common.write_report(settings.out, "experiments.dimension", argv, [LEGEND, about, "", *table(results)])
+    exact = [f"{overlap_of_exact(d):.2f} in {d}" for d in settings.dimensions if d > 4]
+    bound = f"Overlap of a student that is the exact map, at most: {', '.join(exact)} dimensions." if exact else ""
+    common.write_report(settings.out, "experiments.dimension", argv, [LEGEND, about, bound, "", *table(results)])
     plot(results, f"{settings.out}.png")
 
 
