@@ -27,25 +27,43 @@ from toy_2d import Run
 # ═══ 1. Rows ══════════════════════════════════════════════════════════════════════════════
 # A row is a name, flags of toy_2d.py, and the row that it is compared with.
 
-# All but "two_phase" take about the same time.
-MAIN = {
-    "consistency": ("--preset consistency", ""),
-    "+ truncation": ("--preset consistency --tau 0.4", "consistency"),
-    "+ adversarial": ("--preset paper --lambda-self 0 --lambda-bi 0 --student-steps 1450", "+ truncation"),
-    "+ self-correction": ("--preset paper --lambda-bi 0 --student-steps 1200", "+ adversarial"),
-    "paper": ("--preset paper", "+ self-correction"),  # + bidirectional
-    "paper − truncation": ("--preset paper --tau 0", "paper"),
-    "paper − adversarial": ("--preset paper --lambda-adv 0 --student-steps 1600", "paper"),
-    "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
-    # The best of as many trials of each: over all numbers of steps, and at one step.
-    "consistency, δ 0.2": ("--preset consistency --delta 0.2", "consistency"),
-    "consistency, δ 0.02, lr 8e-3": ("--preset consistency --delta 0.02 --student-lr 8e-3", "consistency"),
-    "paper, λ_self 1": ("--preset paper --lambda-self 1", "consistency"),
-    "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
-    "paper, λ_self 3, x̂₀ of EMA": ("--preset paper --lambda-self 3 --self-source ema", "consistency"),
-    "two_phase": ("--preset two_phase", "paper, λ_self 1"),
-    "two_phase, as long": ("--preset two_phase --student-steps 2000", "consistency, δ 0.02, lr 8e-3"),
+P1, P2 = scflow.SCHEDULES["two_phase"]
+ACCURATE = f"--delta {P1.delta} --walk {P1.walk}"  # the teacher's steps of this project's schedule
+PHASE_1 = f"{ACCURATE} --tau {P1.tau}"
+ALONE = f"--preset consistency {PHASE_1} --student-batch {P1.batch} --student-lr {P1.lr}"
+
+# In families, for the figure. All but "two_phase" take about the same time (`experiments.relatives` measures it).
+FAMILIES = {
+    "the paper's losses, one after another": {
+        "consistency": ("--preset consistency", ""),
+        "+ truncation": ("--preset consistency --tau 0.4", "consistency"),
+        "+ adversarial": ("--preset paper --lambda-self 0 --lambda-bi 0 --student-steps 1450", "+ truncation"),
+        "+ self-correction": ("--preset paper --lambda-bi 0 --student-steps 1200", "+ adversarial"),
+        "paper": ("--preset paper", "+ self-correction"),  # + bidirectional
+    },
+    "the paper's, without one": {
+        "paper − truncation": ("--preset paper --tau 0", "paper"),
+        "paper − adversarial": ("--preset paper --lambda-adv 0 --student-steps 1600", "paper"),
+        "paper − self-correction": ("--preset paper --lambda-self 0 --student-steps 1330", "paper"),
+    },
+    # The best of as many trials of each: over all numbers of steps, and at one step; and with accurate steps.
+    "at their best": {
+        "consistency, δ 0.2": ("--preset consistency --delta 0.2", "consistency"),
+        "consistency, δ 0.02, lr 8e-3": ("--preset consistency --delta 0.02 --student-lr 8e-3", "consistency"),
+        "consistency, walk heun-2, δ 0.5": (f"--preset consistency {ACCURATE} --student-steps 1800", "consistency"),
+        "paper, λ_self 1": ("--preset paper --lambda-self 1", "consistency"),
+        "paper, λ_self 3": ("--preset paper --lambda-self 3", "paper"),
+        "paper, λ_self 3, x̂₀ of EMA": ("--preset paper --lambda-self 3 --self-source ema", "consistency"),
+        "paper, walk heun-2, δ 0.5": (f"--preset paper {ACCURATE} --student-steps 770", "paper"),
+    },
+    "ours": {
+        "two_phase": ("--preset two_phase", "paper, λ_self 1"),
+        "two_phase, as long": ("--preset two_phase --student-steps 3000", "consistency, δ 0.02, lr 8e-3"),
+        "two_phase, walk euler, δ 0.1": ("--walk euler --delta 0.1", "two_phase"),
+        "two_phase, λ_adv 0": ("--lambda-adv 0", "two_phase"),
+    },
 }
+MAIN = {row: what for family in FAMILIES.values() for row, what in family.items()}
 
 # One setting of the paper's at a time, with as many updates.
 SWEEPS = {
@@ -76,10 +94,7 @@ SWEEPS = {
     "paper, teacher exact": ("--preset paper --teacher exact", "paper"),
 }
 
-# One setting of this project's schedule at a time. Its values are those of scflow.SCHEDULES.
-P1, P2 = scflow.SCHEDULES["two_phase"]
-PHASE_1 = f"--delta {P1.delta} --walk {P1.walk} --tau {P1.tau}"
-ALONE = f"--preset consistency {PHASE_1} --student-batch {P1.batch} --student-lr {P1.lr}"
+# One setting of this project's schedule at a time.
 RECIPE = {
     "two_phase": ("--preset two_phase", ""),
     "phase 1 alone, as many updates": (f"{ALONE} --student-steps {P1.steps + P2.steps}", "two_phase"),
@@ -307,7 +322,7 @@ def ablation_command(argv: list[str]) -> None:
     lines = [LEGEND, *results.about(settings.samples), ""]
     lines += [*results.table(), "", *results.tests()]
     common.write_report(settings.out, "experiments.ablation", argv, lines)
-    results.draw(f"{settings.out}.png")
+    results.draw(f"{settings.out}.png", families=FAMILIES)
     draw_frontier(results, f"{settings.out}-frontier.png")
 
 

@@ -274,43 +274,63 @@ class Results:
         header = ["row", "against", *(column.title for column in self.columns)]
         return [legend, "pairs it is lower; two-sided p of the signed ranks.", "", *markdown(header, lines)]
 
-    def draw(self, path, label=lambda n: toy_2d.plural(n, "evaluation")) -> None:
+    def draw(self, path, label=lambda n: toy_2d.plural(n, "evaluation"), families: dict | None = None) -> None:
         """The energy distance of each row on each data set: the median, and the range over seeds.
 
-        label  names a number of evaluations in the legend.
+        label     names a number of evaluations in the legend.
+        families  {heading: its rows}; other rows stand above them.
         """
         plt = toy_2d.drawing()
-        rows = list(self.rows)
-        size = (2.8 + 2.4 * len(self.floors), 1.5 + 0.32 * len(rows))
+        heights, headings = self.layout(families or {})
+        rows = list(heights)
+        size = (2.8 + 2.4 * len(self.floors), 1.5 + 0.32 * (len(rows) + len(headings)))
         shared = {"sharex": True, "sharey": True, "squeeze": False}
         figure, axes = plt.subplots(1, len(self.floors), figsize=size, **shared)
         colours = (toy_2d.GREY, "#E69F00", toy_2d.RENOISE, toy_2d.STUDENT)
         for ax, (dataset, floor) in zip(axes[0], self.floors.items()):
-            mean = 1e3 * floor["mean"]
-            sd = 1e3 * floor["sd"]
-            ax.axvspan(mean - 2 * sd, mean + 2 * sd, color="#dddddd", lw=0)
+            noise = 1e3 * (floor["mean"] + 2 * floor["sd"])
+            ax.axvspan(0.05, max(noise, 0.05), color="#dddddd", lw=0, label="within the noise")
             for n, colour, marker in zip(self.counts, colours, "os^D"):
-                middle, reach = self.ranges(self.energy[n], dataset)
-                ax.errorbar(middle, range(len(rows)), xerr=reach, fmt=marker, color=colour, label=label(n))
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+                middle, reach = self.ranges(self.energy[n], dataset, rows)
+                ax.errorbar(middle, heights.values(), xerr=reach, fmt=marker, color=colour, label=label(n))
+            ax.set_xscale("log")
+            ax.set_xticks([0.1, 1, 10, 100, 1000], ["0.1", "1", "10", "100", "1000"])
             ax.minorticks_off()
-            ax.set(title=dataset, xlabel="energy distance × 10³", xlim=(-0.5, 2500))
-            ax.set_yticks(range(len(rows)), rows)
-            ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is at the top
-            ax.grid(axis="y", color="#eeeeee")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(self.counts))
+            ax.set(title=dataset, xlabel="energy distance × 10³", xlim=(0.05, 2500))
+            ax.set_yticks([*heights.values(), *headings.values()], [*rows, *headings])
+            for text in ax.get_yticklabels()[len(rows) :]:
+                text.set_fontweight("bold")
+            ax.set_ylim(len(rows) + len(headings) - 0.5, -0.5)  # the first row is at the top
+            ax.hlines(heights.values(), 0.05, 2500, color="#eeeeee", lw=0.8, zorder=0)
+        legend = dict(loc="outside lower center", ncols=1 + len(self.counts))
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), **legend)
         toy_2d.write_figure(path, figure)
         plt.close(figure)
 
-    def ranges(self, column: Column, dataset: str):
-        """The median of each row (R,), and how far its lowest and highest seed are from it (2,R)."""
-        middle = np.full(len(self.rows), math.nan)
-        reach = np.zeros((2, len(self.rows)))
-        for i, row in enumerate(self.rows):
+    def layout(self, families: dict[str, list[str]]) -> tuple[dict[str, int], dict[str, int]]:
+        """Where rows and headings stand in a figure, from 0 at the top: {row: height}, {heading: height}."""
+        grouped = [row for rows in families.values() for row in rows]
+        heights = {}
+        headings = {}
+        for row in self.rows:
+            if row not in grouped:
+                heights[row] = len(heights)
+        for heading, rows in families.items():
+            members = [row for row in rows if row in self.rows]
+            if members:
+                headings[heading] = len(heights) + len(headings)
+            for row in members:
+                heights[row] = len(heights) + len(headings)
+        return heights, headings
+
+    def ranges(self, column: Column, dataset: str, rows: list[str]):
+        """The median of each row (R,), and how far its lowest and highest seed are from it (2,R), as they are drawn."""
+        middle = np.full(len(rows), math.nan)
+        reach = np.zeros((2, len(rows)))
+        for i, row in enumerate(rows):
             found = self.values(row, column, dataset)
             if found:
-                values = np.minimum(list(found.values()), 2500)  # what ran away is on the right edge
+                values = np.clip(list(found.values()), 0.06, 2400)  # what is off the scale is at its edge
                 middle[i] = np.median(values)
                 reach[0, i] = middle[i] - values.min()
                 reach[1, i] = values.max() - middle[i]

@@ -714,7 +714,7 @@ def relatives_command(argv: list[str]) -> None:
     lines += [LEGEND, *by_steps.about(settings.samples), "", *by_steps.table(), "", *by_steps.tests(), ""]
     if len(shares) > 1:
         toy_2d.write_csv(f"{settings.out}-time.csv", by_time.records)
-        by_time.draw(f"{settings.out}-time.png", "{:g} of the time".format)
+        by_time.draw(f"{settings.out}-time.png", "{:.0%} of the time".format)
         lines += ["Energy distance ×10³ of one step, by the share of the default run's time.", ""]
         lines += by_time.table()
     common.write_report(settings.out, "experiments.relatives", argv, lines)

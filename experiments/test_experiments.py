@@ -309,6 +309,19 @@ def test_results_average_over_data_sets_before_they_take_deviations():
     assert results.about(9)[1] == "Failed: one, b, seed 2: it ran away."
 
 
+def test_rows_of_a_figure_stand_under_the_heading_of_their_family():
+    """Rows of no family first; a family without a row that was run has no heading."""
+    done = []
+    for row in ("teacher", "a", "b", "c"):
+        measures = {"solver": "euler", "nfe": 1, "energy": 0.001}
+        floor = {"mean": 0.0, "sd": 1e-4}
+        done.append((row, {"dataset": "d", "seed": 0, "machine": "", "floor": floor, "rows": [measures]}))
+    results = common.Results(dict.fromkeys(("teacher", "a", "b", "c", "not run"), ""), done)
+    heights, headings = results.layout({"one": ["b", "a"], "empty": ["not run"], "two": ["c"]})
+    assert heights == {"teacher": 0, "b": 2, "a": 3, "c": 5}
+    assert headings == {"one": 1, "two": 4}
+
+
 # ═══ ablation.py ════════════════════════════════════════════════════════════════════════════
 
 # What a row's name says, and the setting that this is.
