@@ -610,6 +610,7 @@ def draw_sheet(columns: dict[str, Tensor], prompts, size: tuple):
         for ax, picture in zip(axes[:, j], pictures):
             ax.imshow(picture.permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
     for ax, prompt in zip(axes[:, 0], prompts):
         text = prompt.replace(" a ", "\na ")
         if is_held_out(prompt):
@@ -624,7 +625,7 @@ def prompt_sheet(codec: Codec, teacher, student, guidance: float):
     guided = scflow.guided(teacher, guidance)
     columns = {"drawn": draw(SCENES[numbers], torch.Generator().manual_seed(1))}
     for title, net, steps in (
-        ("teacher\n50 steps", teacher, 50),
+        ("unguided\n50 steps", teacher, 50),
         (f"guided, w = {guidance:g}\n50 steps", guided, 50),
         ("guided\n1 step", guided, 1),
         ("student\n1 step", student, 1),

@@ -180,7 +180,7 @@ def draw_distances(ax, axis: str, results: list[dict]) -> None:
         shift += 0.03
     floor = np.array([column(runs, "floor", 1e3).mean() for runs in cases.values()])
     sd = np.array([column(runs, "floor sd", 1e3).mean() for runs in cases.values()])
-    ax.fill_between(values, -1, floor + 2 * sd, color="#dddddd", lw=0, label="noise floor + 2 sd")
+    ax.bar(values, floor + 2 * sd + 1, 0.3 * values, bottom=-1, color="#dddddd", label="noise floor + 2 sd")
     ax.set_xscale("log", base=2)
     ax.set_yscale("symlog", linthresh=1)
     ax.set_xticks(values, values)
