@@ -345,7 +345,7 @@ def draw_frontier(results: common.Results, path: str) -> None:
     size = (1 + 4 * len(datasets), 4)
     figure, axes = plt.subplots(1, len(datasets), figsize=size, sharey=True, squeeze=False)
     for ax, dataset in zip(axes[0], datasets):
-        kept = [row for row in rows if median(row, "map_error", dataset) < 1]  # the others ran away
+        kept = [row for row in rows if median(row, "map_error", dataset) < 1]  # the others diverged
         for key, colour, marker in (("map_error", toy_2d.TEACHER, "o"), ("path_error", toy_2d.STUDENT, "s")):
             label = columns[key].title
             x = [median(row, "gap", dataset) for row in kept]

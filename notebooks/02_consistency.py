@@ -349,13 +349,13 @@ except ImportError:
     draw_sweeps()
 
 # %% [markdown]
-# *What to see: news of the data has come as far as the blue curve lies on the dotted one. With a wide window it
-# arrives at once, but at the wrong place.*
+# *What to see: the answer is known as far as the blue curve lies on the dotted one. With a wide window that is
+# everywhere at once, but the answer is wrong.*
 
 # %% [markdown]
 # ## A better step
 #
-# The wrong place is the Euler step's. At rest the student says what the walk of the teacher's hops says, hop after hop
+# The Euler step makes it wrong. After many sweeps the student says what the teacher's hops say, hop after hop
 # down to t = 0, and each hop errs. So let the teacher walk better inside the window: `scflow.follow` can take one
 # **Heun** step, or two. It costs more teacher evaluations, but they need no gradient.
 #

@@ -636,8 +636,8 @@ plt.show()
 # %% [markdown]
 # *What to see: left is faithful to the teacher's map, down is consistent; no student is both, and the exact map itself
 # has a gap. A small λ changes little; a large one gives up the map for a smaller gap. `two_phase` goes to that end on
-# purpose, from a target that stands still. At λ = 10 the student chases its own samples: it agrees with itself better
-# than before, on worse samples.*
+# purpose, from a target that does not change. At λ = 10 the student follows its own samples: it agrees with itself
+# better than before, on worse samples.*
 
 # %%
 faithful = chain["λ = 0"]
