@@ -1186,7 +1186,7 @@ class Train(Folder):
 class Teach(Train):
     """Which teacher is trained, and where it goes."""
 
-    size: Literal["small", "S", "B", "demo"] = "small"  # network of the teacher, and so of the student
+    network: Literal["small", "S", "B", "demo"] = "small"  # network of the teacher, and so of the student
     patch: int = 2  # side of the DiT's patches, in latents
 
 
@@ -1363,10 +1363,10 @@ def compare(path: Path, data: Latents, codec: Codec, networks: dict) -> None:
 
 
 def teacher_command(argv) -> None:
-    """Train the rectified-flow teacher on a latents folder. (Below, the numbers of --size small.)"""
+    """Train the rectified-flow teacher on a latents folder. (Below, the numbers of --network small.)"""
     given, changed = cli(argv, teacher_command.__doc__, Teach(), TEACHERS["small"])
     asked = Teach(**given)
-    teach(asked, replace(TEACHERS[asked.size], **changed))
+    teach(asked, replace(TEACHERS[asked.network], **changed))
 
 
 def teach(asked: Teach, settings: TeacherSettings) -> None:
@@ -1377,15 +1377,15 @@ def teach(asked: Teach, settings: TeacherSettings) -> None:
     TRUSTED.add(asked.trust_autoencoder)
     codec = Codec(data.meta, device)
     torch.manual_seed(asked.seed)  # initial weights
-    if asked.size == "demo":
+    if asked.network == "demo":
         net = scflow.MLP(data.shape, **PERCEPTRON, tokens=data.tokens)
     else:
-        net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.size], tokens=data.tokens)
+        net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.network], tokens=data.tokens)
         net = start_from_normal(net, data.normalised(data.train, mirrored=True), "velocity")
     net = place(net, device, asked.precision)
     batch = data.batch(device)
     config = {"latents": asked.latents, "codec": codec_hash(codec.content), **asdict(settings)}
-    config.update(size=asked.size, patch=asked.patch, seed=asked.seed, precision=asked.precision)
+    config.update(network=asked.network, patch=asked.patch, seed=asked.seed, precision=asked.precision)
     if wants_compile(asked, device):
         compile_in_place(net)
     generator = torch.Generator(device).manual_seed(asked.seed)
@@ -1791,7 +1791,7 @@ def demo_command(argv) -> None:
     settings = replace(TEACHERS["demo"], teacher_steps=demo.teacher_steps)
     if not Path(demo.out).exists():  # it was stopped while it encoded
         how["resume"] = False
-    teaching = Teach(**how, latents=latents, out=demo.out, seed=demo.seed, size="demo")
+    teaching = Teach(**how, latents=latents, out=demo.out, seed=demo.seed, network="demo")
     distilling = Distill(**how, out=demo.out, seed=demo.seed, preset="demo")
 
     names = [str(i) for i in range(demo.drawings)]

@@ -3726,7 +3726,7 @@ FACES_ERRORS = {
     "teacher --out run --latents changed --overwrite": "checksum",
     "teacher --out run --latents latents --teacher-steps 12 --teacher-batch 16 --resume --precision bf16": "precision",
     "teacher --out new --latents latents --patch 3": "patches of 3",
-    "teacher --out new --latents latents --size XL": "XL",
+    "teacher --out new --latents latents --network XL": "XL",
     "teacher --out new --latents latents --teacher-steps 0": "teacher_steps",
     "teacher --out run --latents latents": "--resume",
     "teacher --out run --latents latents --resume": "teacher_steps, teacher_batch",

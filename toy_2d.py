@@ -1030,7 +1030,8 @@ class Pictures:
         axes[1].set(title="student against critic", xlabel="student update")
         axes[2].set(title="by t, at the end", xlabel="t", yscale="log")
         for ax in axes:
-            if ax.has_data():
+            handles, _ = ax.get_legend_handles_labels()
+            if handles:
                 ax.legend(fontsize=9)
             else:
                 ax.set_visible(False)  # a schedule without a critic
@@ -1216,7 +1217,9 @@ def explain(error: Exception) -> str:
     """What to say of an error that nobody expected: where it happened, or that the memory is full."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate" in text:
-        return "out of memory: lower the batch (--batch, --teacher-batch, --student-batch), --size or --width"
+        return (
+            "out of memory: lower the batch (--batch, --teacher-batch, --student-batch), --size, --network or --width"
+        )
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"
     return f"{type(error).__name__}: {text} ({where}; python -X dev shows all)"
