@@ -1023,6 +1023,9 @@ class Pictures:
             self.plot_log(axes[0], name)
         for name in ("adv", "critic"):
             self.plot_log(axes[1], name)
+        for ax in axes[:2]:
+            for end in self.phase_ends()[:-1]:
+                ax.axvline(end, color=GREY, ls=":", lw=1)
         edges, values = self.losses_by_t()
         for name, value in values.items():
             axes[2].stairs(value, edges, baseline=None, color=LOSS_COLOURS[name], label=name, lw=1.8)
@@ -1049,8 +1052,6 @@ class Pictures:
             means = [np.mean(values[max(0, i - 7) : i + 8]) for i in range(len(values))]
             ax.plot([row["step"] for row in rows], means, color=LOSS_COLOURS[name], label=label, lw=1.6)
             label = None  # a later phase needs no second entry in the legend
-        for end in self.phase_ends()[:-1]:
-            ax.axvline(end, color=GREY, ls=":", lw=1)
 
     def phase_ends(self) -> list[int]:
         """The student's update after which each phase ends."""
