@@ -183,7 +183,7 @@ class Refused(ValueError):
     """What `require` raises. Its message is written for whoever gave the input."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raise Refused, a ValueError, with this message if the condition does not hold."""
     if not condition:
         raise Refused(message)

@@ -2231,7 +2231,7 @@ def test_losses_are_drawn_to_the_end_of_each_phase_and_no_untrained_one(finished
     assert second_curve.get_ydata()[0] > 1.01  # no record of the first phase is in the second's mean
     assert phase_end.get_xdata()[0] == 100
     assert not game.get_visible()
-    assert [text.get_text() for text in by_t.get_legend().get_texts()] == ["flow", "self", "consistency"]
+    assert [text.get_text() for text in by_t.get_legend().get_texts()] == ["flow", "consistency", "self"]
 
 
 def test_the_gif_moves_and_its_windows_stand_still(finished):

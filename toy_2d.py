@@ -1065,13 +1065,13 @@ class Pictures:
         generator = torch.Generator().manual_seed(5)
         edges = np.linspace(0, 1, bins + 1)
         phase = replace(self.schedule[0], self_source="student", self_form="x0")
-        weights = {"consistency": 0.0, "bi": 0.0, "adv": 0.0, "self": 0.0}
+        weights = {"adv": 0.0}  # it has t = 1 only
         values = {"flow": []}
-        for trained in self.schedule:
-            for name, weight in trained.weights(trained.warmup).items():
-                if weight > 0 and name != "adv":  # it has t = 1 only
-                    weights[name] = 1.0
-                    values[name] = []
+        for name in ("consistency", "bi", "self"):
+            trained = any(part.weights(part.warmup)[name] > 0 for part in self.schedule)
+            weights[name] = float(trained)
+            if trained:
+                values[name] = []
         for low in edges[:-1]:
             x0, _ = self.data.sample(n, generator)
             x1 = torch.randn(n, 2, generator=generator)
@@ -1218,9 +1218,7 @@ def explain(error: Exception) -> str:
     """What to say of an error that nobody expected: where it happened, or that the memory is full."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate" in text:
-        return (
-            "out of memory: lower the batch (--batch, --teacher-batch, --student-batch), --size, --network or --width"
-        )
+        return "out of memory: lower --batch, --teacher-batch or --student-batch, or take smaller pictures or networks"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"
     return f"{type(error).__name__}: {text} ({where}; python -X dev shows all)"

@@ -32,7 +32,8 @@ ACCURATE = f"--delta {P1.delta} --walk {P1.walk}"  # the teacher's steps of this
 PHASE_1 = f"{ACCURATE} --tau {P1.tau}"
 ALONE = f"--preset consistency {PHASE_1} --student-batch {P1.batch} --student-lr {P1.lr}"
 
-# In families, for the figure. All but "two_phase" take about the same time (`experiments.relatives` measures it).
+# In families, for the figure. By the costs of `experiments.relatives` all take about the same time, but for "ours":
+# there only "two_phase, as long" does, and the others less than half of it.
 FAMILIES = {
     "the paper's losses, one after another": {
         "consistency": ("--preset consistency", ""),
@@ -296,10 +297,7 @@ On mixtures, of one step: map error, the RMS to the exact sample; coverage of th
 
 def ablation_command(argv: list[str]) -> None:
     """Run rows of settings on data sets and seeds; write every measure, a table, paired tests and figures."""
-    (given,) = toy_2d.cli(argv, ablation_command.__doc__, Ablation())
-    if given.get("quick"):
-        given = {**QUICK, **given}
-    settings = Ablation(**given)
+    settings = common.settings_of(argv, ablation_command.__doc__, Ablation(), QUICK)
     rows = chosen_rows(settings.rows)
     datasets = common.dataset_names(settings.datasets)
     groups = make_groups(rows, datasets, settings.seeds, settings.samples, settings.flags)

@@ -63,6 +63,17 @@ def fingerprint(*settings) -> str:
 # ═══ 2. Settings and reports ══════════════════════════════════════════════════════════════
 
 
+def settings_of(argv: list[str], text: str, defaults, quick: dict):
+    """The settings of a command line, of the class of `defaults`. With --quick, those of `quick` are the defaults.
+
+    text  begins the --help.
+    """
+    (given,) = toy_2d.cli(argv, text, defaults)
+    if given.get("quick"):
+        given = {**quick, **given}
+    return type(defaults)(**given)
+
+
 def check_values(settings, *names: str) -> None:
     """Raise ValueError if a setting names a value twice, which would be counted twice, or a negative seed."""
     for name in names:
@@ -89,6 +100,13 @@ def dataset_names(names) -> list[str]:
 def open_out(out: str) -> None:
     """Make the folder of OUT.md, OUT.csv and OUT.png: what is not writable is found before the first run."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
+
+
+def about_runs(settings, results: list[dict]) -> str:
+    """The line above a table: seeds, samples and machines."""
+    seeds = ", ".join(str(seed) for seed in settings.seeds)
+    machines = "; ".join(sorted({run["machine"] for run in results}))
+    return f"Seeds {seeds}; {settings.samples} samples; {machines}."
 
 
 def write_report(out: str, program: str, argv: list[str], lines: list[str]) -> None:

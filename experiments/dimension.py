@@ -4,11 +4,11 @@
     python -m experiments.dimension --quick    one seed, a twentieth of the updates, up to 32 dimensions
     python -m experiments.dimension photographs --run runs/faces    on the latents of a run of celeba_latent.py
 
-In two dimensions, with all losses together at the reference's weights, two steps are much worse than one. The reason:
-points x_t between data and noise lie among points x̂_t of the student's own straight lines. There consistency and
-self-correction ask one network for different values. In more dimensions x_t and x̂_t may be easier to tell apart, and
-one network could satisfy both losses. This program measures how far they overlap, and how much worse two steps are than
-one.
+In two dimensions, with all losses together at the reference's weights, two steps are much worse than one. A reason may
+be that points x_t between data and noise lie among points x̂_t of the student's own straight lines. There consistency
+and self-correction ask one network for different values. In more dimensions x_t and x̂_t may be easier to tell apart,
+and one network could satisfy both losses. This program measures how far they overlap, and how much worse two steps are
+than one.
 """
 
 import hashlib
@@ -94,16 +94,21 @@ def overlap(draw, updates: int) -> float:
 
 
 def overlap_of_norms(draw) -> float:
-    """The same, of ‖x‖ alone, where a perceptron would take too long to learn: the errors of the best threshold."""
+    """The same, where the classifier is the best threshold on ‖x‖.
+
+    In the 2,048 dimensions of photographs' latents a perceptron takes too long to find out that the norm tells enough.
+    """
+
+    def share_below(points, thresholds):
+        norms = points.norm(dim=1).sort().values
+        return torch.searchsorted(norms, thresholds) / len(norms)
+
     p, q = draw(2000)
-    p, q = p.norm(dim=1), q.norm(dim=1)
-    thresholds = torch.cat([p, q]).sort().values
-    below_p = torch.searchsorted(p.sort().values, thresholds) / len(p)
-    below_q = torch.searchsorted(q.sort().values, thresholds) / len(q)
-    apart = below_p - below_q
+    thresholds = torch.cat([p, q]).norm(dim=1)
+    apart = share_below(p, thresholds) - share_below(q, thresholds)
     best = thresholds[apart.abs().argmax()]
     p, q = draw(5000)  # other points than those that chose it
-    apart = (p.norm(dim=1) < best).double().mean() - (q.norm(dim=1) < best).double().mean()
+    apart = share_below(p, best) - share_below(q, best)
     return 1 - apart.abs().item()
 
 
@@ -311,10 +316,7 @@ of x_t and x̂_t at t = ½ share."""
 
 def dimension_command(argv: list[str]) -> None:
     """How much worse two steps are than one, and how far x_t and x̂_t overlap, in 2 to 512 dimensions."""
-    (given,) = toy_2d.cli(argv, dimension_command.__doc__, Dimension())
-    if given.get("quick"):
-        given = {**QUICK, **given}
-    settings = Dimension(**given)
+    settings = common.settings_of(argv, dimension_command.__doc__, Dimension(), QUICK)
     cells = []
     paths = []
     for d in settings.dimensions:
@@ -328,9 +330,7 @@ def dimension_command(argv: list[str]) -> None:
     results = common.run_cells(measure, cells, paths, settings.workers)
 
     toy_2d.write_csv(f"{settings.out}.csv", results)
-    seeds = ", ".join(str(seed) for seed in settings.seeds)
-    machines = "; ".join(sorted({run["machine"] for run in results}))
-    about = f"Seeds {seeds}; {settings.samples} samples; {machines}."
+    about = common.about_runs(settings, results)
     exact = [f"{overlap_of_exact(d):.2f} in {d}" for d in settings.dimensions if d > 4]
     bound = f"Overlap of a student that is the exact map, at most: {', '.join(exact)} dimensions." if exact else ""
     common.write_report(settings.out, "experiments.dimension", argv, [LEGEND, about, bound, "", *table(results)])
@@ -363,8 +363,7 @@ bound again, from ‖x_t‖ and ‖x̂_t‖ alone."""
 
 def photographs_command(argv: list[str]) -> None:
     """The same measured on photographs: the teacher of a run of celeba_latent.py is distilled with the same losses."""
-    (given,) = toy_2d.cli(argv, photographs_command.__doc__, Photographs())
-    settings = Photographs(**given)
+    settings = common.settings_of(argv, photographs_command.__doc__, Photographs(), {})
     teacher = Path(settings.run, "teacher.pt")
     require(teacher.is_file(), f"no teacher in {settings.run}: run celeba_latent.py teacher --out {settings.run} first")
     how = {"folder": settings.run, "updates": settings.updates, "samples": settings.samples}
@@ -380,9 +379,8 @@ def photographs_command(argv: list[str]) -> None:
     common.open_out(settings.out)
     results = common.run_cells(measure_photographs, cells, paths, settings.workers)
     toy_2d.write_csv(f"{settings.out}.csv", results)
-    seeds = ", ".join(str(seed) for seed in settings.seeds)
-    about = f"Seeds {seeds}; {settings.samples} samples; {settings.updates} updates; {results[0]['machine']}."
-    lines = [ABOUT_PHOTOGRAPHS, about, "", *table(results, scale=1)]
+    about = common.about_runs(settings, results)
+    lines = [ABOUT_PHOTOGRAPHS, f"{settings.updates} updates of each student.", about, "", *table(results, scale=1)]
     common.write_report(settings.out, "experiments.dimension photographs", argv, lines)
 
 

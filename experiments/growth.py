@@ -232,15 +232,13 @@ class Growth:
 
 QUICK = {"seeds": [0], "samples": 1000, "share": 0.05, "out": "runs/quick"}
 LEGEND = """Energy distance ×10³ of the teacher after 50 and of the student after 1, 2, 4 and 8 Euler evaluations. Map
-error: RMS from the one-step to the exact sample. Milliseconds of the processor for an update, and seconds for all."""
+error: RMS from the one-step to the exact sample. Milliseconds of the processor for an update, and seconds for all. Mean
+± sd over the seeds; times are medians."""
 
 
 def growth_command(argv: list[str]) -> None:
     """Cost and quality by rows of a batch, width, dimensions and modes: one of them grows at a time."""
-    (given,) = toy_2d.cli(argv, growth_command.__doc__, Growth())
-    if given.get("quick"):
-        given = {**QUICK, **given}
-    settings = Growth(**given)
+    settings = common.settings_of(argv, growth_command.__doc__, Growth(), QUICK)
     cells = []
     paths = []
     for case in all_cases():
@@ -253,9 +251,7 @@ def growth_command(argv: list[str]) -> None:
     results = common.run_cells(measure, cells, paths, settings.workers)
 
     toy_2d.write_csv(f"{settings.out}.csv", results)
-    seeds = ", ".join(str(seed) for seed in settings.seeds)
-    machines = "; ".join(sorted({run["machine"] for run in results}))
-    about = f"Mean ± sd over seeds {seeds}, times are medians; {settings.samples} samples; {machines}."
+    about = common.about_runs(settings, results)
     common.write_report(settings.out, "experiments.growth", argv, [LEGEND, about, "", *table(results)])
     draw(results, f"{settings.out}.png")
 

@@ -673,10 +673,7 @@ On mixtures, of one step: the share within 3σ of a mode (of the truth: 98.9%)."
 
 def relatives_command(argv: list[str]) -> None:
     """Give each relative of the method the time of the default run of toy_2d.py, and measure it."""
-    (given,) = toy_2d.cli(argv, relatives_command.__doc__, Relatives())
-    if given.get("quick"):
-        given = {**QUICK, **given}
-    settings = Relatives(**given)
+    settings = common.settings_of(argv, relatives_command.__doc__, Relatives(), QUICK)
     torch.set_num_threads(1)
     if settings.costs:
         print("\n".join(cost_table(settings.rounds)))

@@ -187,10 +187,7 @@ trained one, and the energy distance of the trained one; mean ± sd over the see
 
 def windows_command(argv: list[str]) -> None:
     """The error of one step against the window δ, for several kinds of steps of the teacher, at equal passes."""
-    (given,) = toy_2d.cli(argv, windows_command.__doc__, Windows())
-    if given.get("quick"):
-        given = {**QUICK, **given}
-    settings = Windows(**given)
+    settings = common.settings_of(argv, windows_command.__doc__, Windows(), QUICK)
     cells = []
     paths = []
     for dataset in settings.datasets:
@@ -206,9 +203,7 @@ def windows_command(argv: list[str]) -> None:
     results = common.run_cells(measure, cells, paths, settings.workers)
 
     toy_2d.write_csv(f"{settings.out}.csv", results)
-    seeds = ", ".join(str(seed) for seed in settings.seeds)
-    machines = "; ".join(sorted({run["machine"] for run in results}))
-    about = f"Seeds {seeds}; {settings.samples} samples; {machines}."
+    about = common.about_runs(settings, results)
     common.write_report(settings.out, "experiments.windows", argv, [LEGEND, about, "", *table(results, settings)])
     plot(results, settings, f"{settings.out}.png")
 
