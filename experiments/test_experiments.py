@@ -1002,6 +1002,16 @@ def test_a_plan_grows_with_rows_and_updates(monkeypatch):
         assert once["GB"] < twice["GB"] < 2 * once["GB"]
 
 
+def test_a_plan_counts_what_a_real_update_takes(monkeypatch):
+    """Fake tensors, which hold no numbers, give the same operations and memory as real ones."""
+    monkeypatch.setitem(celeba_latent.SIZES, "S", dict(dim=32, depth=1, heads=2))
+    for settings in (celeba_latent.TEACHERS["S"], celeba_latent.SCHEDULES["large"][1]):
+        fake = speed.plan_row("S", "128 px, TAEF2", "update", settings)
+        real = speed.count_plan("S", "128 px, TAEF2", "update", settings)
+        assert fake.pop("GB") == pytest.approx(real.pop("GB"), rel=1e-3)  # real ones have some scalars more
+        assert fake == real
+
+
 def test_the_plan_names_every_run(here, monkeypatch):
     """Three networks, each with its teacher and both phases of its student."""
 
