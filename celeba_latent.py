@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -93,7 +94,7 @@ def inside(distance: Tensor, edge: float = 0.12) -> Tensor:
     return ramp**2 * (3 - 2 * ramp)
 
 
-def ellipse(x, y, rx, ry, edge: float = 0.12) -> Tensor:
+def ellipse(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float, edge: float = 0.12) -> Tensor:
     """The mask (B,S,S) of an ellipse around x = y = 0."""
     radius = ((x / rx) ** 2 + (y / ry) ** 2).sqrt()
     shorter = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
@@ -107,7 +108,7 @@ def blend(share: Tensor, first: tuple, second: tuple) -> Tensor:
     return first + share[:, None] * (second - first)
 
 
-def paint(picture: Tensor, mask: Tensor, rgb) -> Tensor:
+def paint(picture: Tensor, mask: Tensor, rgb: Tensor | float) -> Tensor:
     """The picture (B,3,S,S) with a colour laid over it where the mask (B,S,S) is 1."""
     return picture + mask[:, None] * (rgb - picture)
 
@@ -299,7 +300,7 @@ class TinyAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*up, TinyBlock(width), conv3(width, 3))
 
     @classmethod
-    def read(cls, prefix):
+    def read(cls, prefix: str) -> "TinyAutoencoder":
         """The pair PREFIX_encoder.pth and PREFIX_decoder.pth. Raises ValueError if they are not of the family."""
         first = f"{prefix}_encoder.pth"
         with scflow.reading(first, "encoder of the TAESD family"):
@@ -548,7 +549,7 @@ STUDENT_FILES = ("metrics.json", "metrics.md", "student.pt", "student.png", "nei
 RUN_FILES = (*STUDENT_FILES, "teacher.pt", "teacher.png", "log.csv")
 
 
-def require_room(asked, folder: Path, kind: str) -> None:
+def require_room(asked: Folder, folder: Path, kind: str) -> None:
     """Raise ValueError if a folder is there that is neither to be gone on with nor a `kind` to be overwritten."""
     if asked.resume:
         return
@@ -558,7 +559,7 @@ def require_room(asked, folder: Path, kind: str) -> None:
 
 
 @contextmanager
-def open_or_resume(asked, kind: str, config: dict):
+def open_or_resume(asked: Folder, kind: str, config: dict) -> Iterator[Path]:
     """The folder `asked.out`, of a new run or with --resume of the one there is, whose settings must be the same.
 
     Nothing in it is changed yet. Raises ValueError if it is not free, or holds no `kind`.
@@ -593,7 +594,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def ctrl_c_waits():
+def ctrl_c_waits() -> Iterator[Event]:
     """Within this block Ctrl-C breaks nothing off. It only sets the event that the block is given."""
     pressed = Event()
     before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
@@ -646,7 +647,7 @@ class Pictures:
         """By its ending. Hidden files are none."""
         return name.lower().endswith(self.KINDS) and not Path(name).name.startswith(".")
 
-    def read(self, name: str, size: int):
+    def read(self, name: str, size: int) -> Tensor | str:
         """uint8 (3,size,size): the central square, antialiased; or a string that says why there is none."""
         from PIL import Image, ImageOps
 
@@ -674,7 +675,7 @@ class Pictures:
             return list(pool.map(partial(self.read, size=size), names))
 
 
-def read_labels(path) -> tuple[list[str], dict[str, list[int]]]:
+def read_labels(path: str) -> tuple[list[str], dict[str, list[int]]]:
     """The names of the attributes and {file name: tokens}, 1 for no and 2 for yes, of a list in CelebA's format.
 
     It has the number of pictures in its first line, the names in its second, and then a file name and a −1 or 1 for
@@ -698,7 +699,7 @@ def read_labels(path) -> tuple[list[str], dict[str, list[int]]]:
     return names, labels
 
 
-def encode_command(argv) -> None:
+def encode_command(argv: list[str]) -> None:
     """Turn pictures into a latents folder."""
     (given,) = cli(argv, encode_command.__doc__, Encode())
     asked = Encode(**given)
@@ -732,7 +733,9 @@ def arrays_of(meta: dict, count: int) -> dict[str, tuple]:
 
 
 @torch.no_grad()  # nothing is trained here
-def write_latents(net, names: list[str], read, asked: Encode, config: dict, labels=None) -> dict:
+def write_latents(
+    net: nn.Module, names: list[str], read: Callable, asked: Encode, config: dict, labels: tuple | None = None
+) -> dict:
     """Encode pictures from where meta.pt ends; returns the content of the finished meta.pt.
 
     read    callable (names) → [uint8 (3,S,S), or the reason why there is none].
@@ -767,7 +770,7 @@ def write_latents(net, names: list[str], read, asked: Encode, config: dict, labe
     return meta
 
 
-def prepare(net, names: list[str], read, device: str) -> None:
+def prepare(net: nn.Module, names: list[str], read: Callable, device: str) -> None:
     """Try the autoencoder on pictures from all over the list; principal components are fitted to them.
 
     This comes before old latents are deleted. Raises ValueError for fewer than 20 good pictures.
@@ -807,7 +810,9 @@ def make_arrays(folder: Path, meta: dict, count: int) -> None:
                     os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
 
 
-def fill_arrays(path: Path, net, names: list[str], read, asked: Encode, meta: dict, arrays: dict) -> None:
+def fill_arrays(
+    path: Path, net: nn.Module, names: list[str], read: Callable, asked: Encode, meta: dict, arrays: dict
+) -> None:
     """Encode the pictures that are not done, and save meta.pt at `path` now and then."""
     device = choose_device(asked.device)
     net.to(device, memory_format=torch.channels_last)  # convolutions are a quarter faster so, on a CPU too
@@ -825,7 +830,7 @@ def fill_arrays(path: Path, net, names: list[str], read, asked: Encode, meta: di
                 raise Stopped
 
 
-def finish(path: Path, net, meta: dict, arrays: dict, labels) -> None:
+def finish(path: Path, net: nn.Module, meta: dict, arrays: dict, labels: tuple | None) -> None:
     """Add to meta.pt what is known at the end: the statistics and the labels."""
     count = len(meta["sources"])
     meta["mean"], meta["std"] = channel_statistics(torch.from_numpy(arrays["latents"][: meta["copies"] * count]))
@@ -838,7 +843,7 @@ def finish(path: Path, net, meta: dict, arrays: dict, labels) -> None:
     scflow.save(path, net, **meta)
 
 
-def encode_chunk(net, names, found, meta, arrays, device) -> None:
+def encode_chunk(net: nn.Module, names: list[str], found: list, meta: dict, arrays: dict, device: str) -> None:
     """Encode pictures `found`, uint8 (3,S,S) each or a reason why there is none, into the next rows of the arrays."""
     good = []
     for name, picture in zip(names, found):
@@ -945,7 +950,7 @@ class Latents:
         """The attributes (N,L) of the pictures `which` (N,), or None."""
         return self.labels[which].long() if self.attributes else None
 
-    def batch(self, device: str):
+    def batch(self, device: str) -> scflow.Batch:
         """`batch(n, generator)` over the training latents, which live on the device: no loader."""
         z = self.normalised(self.train, device, mirrored=True)
         labels = self.cond(self.train)
@@ -964,12 +969,12 @@ class Latents:
 
         return batch
 
-    def require_codec(self, content: dict, owner) -> None:
+    def require_codec(self, content: dict, owner: Path | str) -> None:
         """Raise ValueError unless these latents have the autoencoder and the statistics of a checkpoint."""
         same = codec_hash(self.meta) == codec_hash(content)
         require(same, f"{self.folder} was made by another autoencoder, or of other pictures, than {owner} learned from")
 
-    def require_attributes(self, names: list[str], owner) -> None:
+    def require_attributes(self, names: list[str], owner: Path | str) -> None:
         """Raise ValueError unless these latents have the attributes of a checkpoint."""
         require(names == self.attributes, f"{self.folder} has other attributes than {owner} learned from")
 
@@ -1263,7 +1268,7 @@ class RunFile:
             self.state = content["state"]
             self.rows = content["log"]
 
-    def follow(self, loop, total: int, batch: int | None = None, **extra):
+    def follow(self, loop: Iterator, total: int, batch: int | None = None, **extra) -> Iterator[scflow.Run]:
         """Pass on the states of a training loop, with a progress bar; save now and then, at the end, at Ctrl-C.
 
         Ctrl-C takes effect between two updates, so that what is saved is always whole.
@@ -1299,7 +1304,7 @@ class RunFile:
                 if pressed.is_set():
                     raise Stopped
 
-    def save(self, run, extra: dict) -> None:
+    def save(self, run: scflow.Run, extra: dict) -> None:
         """Write the checkpoint and the log."""
         content = {"kind": self.kind, "state": run.state_dict(), "log": self.rows, **extra}
         scflow.save(self.path, run.ema, **content)
@@ -1316,7 +1321,16 @@ class RunFile:
 # ═══ 8. Teacher and student ═══════════════════════════════════════════════════════════════
 
 
-def generate(net, noise, steps, codec, solver="euler", batch=250, cond=None, generator=None) -> Tensor:
+def generate(
+    net: scflow.Velocity,
+    noise: Tensor,
+    steps: int,
+    codec: Codec,
+    solver: str = "euler",
+    batch: int = 250,
+    cond: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Noise (N,C,h,w) → pictures uint8 (N,3,S,S) on the CPU, in batches on the codec's device."""
     pictures = []
     for i in range(0, len(noise), batch):
@@ -1362,7 +1376,7 @@ def compare(path: Path, data: Latents, codec: Codec, networks: dict) -> None:
     draw_sheet(path, columns)
 
 
-def teacher_command(argv) -> None:
+def teacher_command(argv: list[str]) -> None:
     """Train the rectified-flow teacher on a latents folder. (Below, the numbers of --network small.)"""
     given, changed = cli(argv, teacher_command.__doc__, Teach(), TEACHERS["small"])
     asked = Teach(**given)
@@ -1400,7 +1414,7 @@ def teach(asked: Teach, settings: TeacherSettings) -> None:
     print(f"{folder}/teacher.pt and teacher.png; next: python celeba_latent.py distill --out {folder}")
 
 
-def distill_command(argv) -> None:
+def distill_command(argv: list[str]) -> None:
     """Distil the teacher of a run folder into a student that needs one step. (Below, the numbers of two_phase.)"""
     given, changed = cli(argv, distill_command.__doc__, Distill(), SCHEDULES["two_phase"])
     asked = Distill(**given)
@@ -1503,7 +1517,7 @@ class Sample(Device):
         require(good, f"--file must end in .png, .jpg or .npz, not {self.file!r}")
 
 
-def sample_command(argv) -> None:
+def sample_command(argv: list[str]) -> None:
     """Draw samples of a run folder, or of a weights file alone, as a grid or an array."""
     from PIL import Image
 
@@ -1541,7 +1555,7 @@ def grid(pictures: Tensor) -> np.ndarray:
     return rearrange(filled, "(r c) k h w -> (r h) (c w) k", c=columns).numpy()
 
 
-def wanted(given, names: list[str], n: int) -> Tensor:
+def wanted(given: tuple, names: list[str], n: int) -> Tensor:
     """The condition (n,L) that NAME=1 and NAME=0 ask for, of the attributes `names` that a network knows."""
     require(names, "this run knows no attributes: its pictures were encoded without --labels")
     cond = torch.zeros(n, len(names), dtype=torch.int64)
@@ -1553,7 +1567,7 @@ def wanted(given, names: list[str], n: int) -> Tensor:
     return cond
 
 
-def load_run(path, device: str) -> tuple[nn.Module, Codec]:
+def load_run(path: Path | str, device: str) -> tuple[nn.Module, Codec]:
     """The network, with the names of its .attributes, and the codec of a checkpoint of this script."""
     with reading(path, "checkpoint of celeba_latent.py"):
         content = scflow.read(path)
@@ -1580,7 +1594,7 @@ class Evaluate(Device):
         require(n >= 1000, f"a Fréchet distance from {n} samples says little: give --count 1000 or more")
 
 
-def evaluate_command(argv) -> None:
+def evaluate_command(argv: list[str]) -> None:
     """Measure teacher and student of a run folder against pictures that were never trained on."""
     (given,) = cli(argv, evaluate_command.__doc__, Evaluate())
     evaluate(Evaluate(**given))
@@ -1664,7 +1678,7 @@ def pixel_gap(a: Tensor, b: Tensor) -> float:
     return math.sqrt(total / a.numel()) / 255
 
 
-def floor_of(measure: PictureMeasure, data: Latents, n: int, generator) -> tuple[dict, Tensor]:
+def floor_of(measure: PictureMeasure, data: Latents, n: int, generator: torch.Generator) -> tuple[dict, Tensor]:
     """What n real pictures reach, five times: {measure: (mean, deviation)}; and the first n of them."""
     draws = []
     for _ in range(5):
@@ -1706,7 +1720,7 @@ def report(metrics: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fidelity():
+def fidelity() -> Callable:
     """The function of torch-fidelity that computes FID. Raises ValueError if the package is not installed."""
     try:
         from torch_fidelity import calculate_metrics
@@ -1735,7 +1749,7 @@ class Originals(torch.utils.data.Dataset):
 FID_SAMPLES = 30000  # a covariance of 2048 features from fewer samples is too far off, and FID too high
 
 
-def inception_fid(pictures: Tensor, data: Latents, images) -> float:
+def inception_fid(pictures: Tensor, data: Latents, images: str) -> float:
     """FID of uint8 pictures to all training pictures, by torch-fidelity (InceptionV3 at 299 px, its own resize)."""
     names = [data.meta["sources"][i] for i in data.train.tolist()]
     theirs = Originals(images, names, data.meta["size"])
@@ -1776,7 +1790,7 @@ def draw_batch(names: list[str]) -> list[Tensor]:
     return list(torch.cat(parts))
 
 
-def demo_command(argv) -> None:
+def demo_command(argv: list[str]) -> None:
     """The whole pipeline on drawn faces: latents, teacher, student, sheet of samples, measures."""
     clock = time.perf_counter()
     (given,) = cli(argv, demo_command.__doc__, Demo())
@@ -1814,7 +1828,7 @@ COMMANDS = {
 }
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a command, with the errors and exit codes of toy_2d.py."""
     return toy_2d.main(argv, COMMANDS, None, "celeba_latent.py")
 

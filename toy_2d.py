@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -30,7 +31,7 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 import scflow
@@ -61,7 +62,7 @@ class GaussianMixture(nn.Module):
         self.std = float(std)
         self.label_count = 0 if labels is None else int(self.labels.max())
 
-    def sample(self, n: int, generator=None, stratified: bool = False) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: Generator | None = None, stratified: bool = False) -> tuple[Tensor, Tensor]:
         """Draw x₀ (n,d) and the component (n,) of each. Stratified: every component its exact share."""
         if stratified:
             where = (torch.arange(n, device=self.means.device) + 0.5) / n
@@ -72,7 +73,7 @@ class GaussianMixture(nn.Module):
         x0 = self.means[k]
         return x0 + self.std * scflow.randn_like(x0, generator), k
 
-    def log_joint(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+    def log_joint(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """log w_k N(x; (1−t)μ_k, σ_t²I), shape (B,K), with σ_t² = (1−t)²s² + t²; −∞ for other labels."""
         var = ((1 - t) * self.std) ** 2 + t**2  # (B,)
         means = (1 - t)[:, None, None] * self.means  # (B,K,d)
@@ -85,11 +86,11 @@ class GaussianMixture(nn.Module):
         scflow.check_tokens(cond, (len(x), 1), self.label_count)
         return joint.where((cond == 0) | (cond == self.labels), -math.inf)
 
-    def log_density(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+    def log_density(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """log p_t(x), shape (B,). With a label: log p_t(x|c) but for a constant, its share of the weights."""
         return self.log_joint(x, t, cond).logsumexp(1)
 
-    def forward(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The marginal velocity v*(x,t) = E[x₁ − x₀ | x_t = x], shape (B,d).
 
         With the posterior weights γ_k of the components and their mean μ̄ = Σ γ_k μ_k, the sum
@@ -101,7 +102,7 @@ class GaussianMixture(nn.Module):
         var = ((1 - t) * self.std) ** 2 + t**2
         return ((t - (1 - t) * self.std**2) * x - t * mean) / var
 
-    def flow_map(self, x: Tensor, t: Tensor, steps: int = 200, cond=None) -> Tensor:
+    def flow_map(self, x: Tensor, t: Tensor, steps: int = 200, cond: Tensor | None = None) -> Tensor:
         """f*(x,t): follow v* from (x,t) down to t = 0 with a fine Heun solver, (B,d)."""
         return scflow.sample(self, x, steps, "heun", cond, start=t)
 
@@ -118,7 +119,7 @@ class Parts:
         self.count = count
         self.draw = draw
 
-    def sample(self, n: int, generator=None, stratified: bool = False) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: Generator | None = None, stratified: bool = False) -> tuple[Tensor, Tensor]:
         """x₀ (n,2) and its part (n,), on the generator's device."""
         device = generator.device if generator else "cpu"
         if stratified:
@@ -138,12 +139,12 @@ class Points:
         radius = np.sqrt((points**2).sum(1).mean())
         require(radius > 1e-12, f"{path} holds one point only, repeated")
         points = torch.as_tensor(2 * points / radius, dtype=torch.float32)
-        points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))]
+        points = points[torch.randperm(len(points), generator=Generator().manual_seed(0))]
         fifth = len(points) // 5
         self.held_out = points[:fifth]
         self.train = points[fifth:]
 
-    def sample(self, n: int, generator=None, stratified: bool = False) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: Generator | None = None, stratified: bool = False) -> tuple[Tensor, Tensor]:
         """Training points, drawn with replacement. Stratified: the held-out points, at most n of them."""
         device = generator.device if generator else "cpu"
         if stratified:
@@ -154,7 +155,7 @@ class Points:
         return x0, torch.zeros(len(x0), dtype=torch.int64, device=device)
 
 
-def read_points(path) -> np.ndarray:
+def read_points(path: str) -> np.ndarray:
     """The array (N,2) in a .npy file. Raises ValueError if it is none."""
     with scflow.reading(path, ".npy file of points, as numpy.save writes one array"):
         points = np.load(path, allow_pickle=False)
@@ -165,12 +166,12 @@ def read_points(path) -> np.ndarray:
     return points
 
 
-def uniform(part: Tensor, generator) -> Tensor:
+def uniform(part: Tensor, generator: Generator) -> Tensor:
     """Uniform [0,1) numbers, one for each element of `part` (n,)."""
     return torch.rand(part.shape, generator=generator, device=part.device)
 
 
-def normal(part: Tensor, generator) -> Tensor:
+def normal(part: Tensor, generator: Generator) -> Tensor:
     """Standard normal points (n,2), one for each element of `part` (n,)."""
     return torch.randn(len(part), 2, generator=generator, device=part.device)
 
@@ -192,7 +193,7 @@ def grid_of_gaussians() -> GaussianMixture:
     return GaussianMixture(torch.cartesian_prod(side, side), 0.1)
 
 
-def checkerboard(part: Tensor, generator) -> Tensor:
+def checkerboard(part: Tensor, generator: Generator) -> Tensor:
     """The eight black squares of a 4×4 board on [−2,2]²."""
     row = part // 2
     column = 2 * (part % 2) + row % 2
@@ -201,7 +202,7 @@ def checkerboard(part: Tensor, generator) -> Tensor:
     return corner + inside - 2
 
 
-def moons(part: Tensor, generator) -> Tensor:
+def moons(part: Tensor, generator: Generator) -> Tensor:
     """Two interleaved half circles, blurred by 0.14."""
     angle = math.pi * uniform(part, generator)
     x = polar(1 - 2 * part, angle)
@@ -210,13 +211,13 @@ def moons(part: Tensor, generator) -> Tensor:
     return 1.7 * (x + 0.08 * normal(part, generator))
 
 
-def spirals(part: Tensor, generator) -> Tensor:
+def spirals(part: Tensor, generator: Generator) -> Tensor:
     """Two arms of one and a half turns, blurred by 0.06."""
     u = uniform(part, generator).sqrt()
     return polar(2.4 * u * (1 - 2 * part), 3 * math.pi * u) + 0.06 * normal(part, generator)
 
 
-def pinwheel(part: Tensor, generator) -> Tensor:
+def pinwheel(part: Tensor, generator: Generator) -> Tensor:
     """Five bent blades."""
     x = normal(part, generator) * torch.tensor([0.3, 0.1], device=part.device)
     along = 1 + x[:, 0]
@@ -225,7 +226,7 @@ def pinwheel(part: Tensor, generator) -> Tensor:
     return 1.8 * (polar(along, angle) + polar(across, angle + math.pi / 2))
 
 
-def rings(part: Tensor, generator) -> Tensor:
+def rings(part: Tensor, generator: Generator) -> Tensor:
     """Three concentric circles of equal mass, blurred by 0.08."""
     angle = 2 * math.pi * uniform(part, generator)
     return polar(0.8 * (1.0 + part), angle) + 0.08 * normal(part, generator)
@@ -242,7 +243,10 @@ DATASETS = {
 }
 
 
-def dataset(name: str):
+Data = GaussianMixture | Parts | Points
+
+
+def dataset(name: str) -> Data:
     """A data set by its name, or from a .npy file of points."""
     if name.endswith(".npy"):
         return Points(name)
@@ -250,7 +254,7 @@ def dataset(name: str):
     return DATASETS[name]()
 
 
-def batches(data):
+def batches(data: Data) -> scflow.Batch:
     """`batch(n, generator) → (x0, None)` of a data set, as the training loops want it."""
 
     def batch(n, generator):
@@ -312,7 +316,7 @@ class EnergyDistance:
         return 2 * between / (n * m) - 2 * within / (n * (n - 1)) - self.self_term
 
 
-def noise_floor(measure, draw, repeats: int = 20) -> tuple[float, float]:
+def noise_floor(measure: Callable, draw: Callable, repeats: int = 20) -> tuple[float, float]:
     """Mean and standard deviation of a measure over `repeats` independent true samples `draw()`."""
     values = torch.tensor([measure(draw()) for _ in range(repeats)], dtype=torch.float64)
     return values.mean().item(), values.std().item()
@@ -339,7 +343,7 @@ def coverage_and_precision(x: Tensor, mixture: GaussianMixture) -> tuple[float, 
     return torch.minimum(share, mixture.weights).sum().item(), len(k) / len(x)
 
 
-def sliced_w2(x: Tensor, y: Tensor, projections: int = 200, generator=None) -> float:
+def sliced_w2(x: Tensor, y: Tensor, projections: int = 200, generator: Generator | None = None) -> float:
     """√ of the mean squared 2-Wasserstein distance between 1-D projections of two samples (N,d)."""
     require(len(x) == len(y), f"sliced W2 compares samples of equal size, not {len(x)} and {len(y)}")
     directions = torch.randn(x.shape[1], projections, generator=generator).to(x)
@@ -352,7 +356,7 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 200, generator=None) -> f
 @lru_cache
 def reference(name: str, n: int) -> EnergyDistance:
     """The energy distance to the fixed, stratified reference sample of a data set."""
-    x0, strata = dataset(name).sample(n, torch.Generator().manual_seed(10**6), stratified=True)
+    x0, strata = dataset(name).sample(n, Generator().manual_seed(10**6), stratified=True)
     return EnergyDistance(x0, strata)
 
 
@@ -360,7 +364,7 @@ def reference(name: str, n: int) -> EnergyDistance:
 def floor_of(name: str, n: int) -> dict[str, float]:
     """Mean and sd of the energy distance of 20 true samples of n points to that reference."""
     data = dataset(name)
-    generator = torch.Generator().manual_seed(10**6 + 1)
+    generator = Generator().manual_seed(10**6 + 1)
     mean, sd = noise_floor(reference(name, n), lambda: data.sample(n, generator)[0])
     return {"mean": mean, "sd": sd}
 
@@ -401,7 +405,7 @@ class Run:
 def check_device(name: str) -> None:
     """Raise ValueError if there is no such device here."""
     try:
-        torch.Generator(name)
+        Generator(name)
     except (RuntimeError, AssertionError):
         raise ValueError(f"no device {name!r} here: use --device cpu") from None
 
@@ -518,13 +522,13 @@ def configure(argv: list[str], description: str = "") -> tuple[Run, TeacherSetti
 # ═══ 5. Files ═════════════════════════════════════════════════════════════════════════════
 
 
-def write_text(path, text: str) -> None:
+def write_text(path: Path | str, text: str) -> None:
     """Replace a text file atomically."""
     with scflow.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_csv(path, rows: list[dict]) -> None:
+def write_csv(path: Path | str, rows: list[dict]) -> None:
     """A CSV file of dictionaries, with a column for every key in the order of appearance."""
     names = {}  # a dictionary keeps the order
     for row in rows:
@@ -535,7 +539,7 @@ def write_csv(path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def read_json(path, *keys: str) -> dict:
+def read_json(path: Path | str, *keys: str) -> dict:
     """The dictionary in a JSON file. Raises ValueError if it is damaged or lacks one of the keys."""
     with scflow.reading(path, "JSON file of this program"):
         content = dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -545,7 +549,7 @@ def read_json(path, *keys: str) -> dict:
 
 
 @contextmanager
-def open_folder(out: str, name: str, overwrite: bool, kind: str):
+def open_folder(out: str, name: str, overwrite: bool, kind: str) -> Iterator[Path]:
     """The folder of a new run: `out`, or without it runs/NAME, runs/NAME-2 and so on.
 
     It is made here, or with `overwrite` it may be there; nothing in it is changed yet. If the block fails
@@ -593,7 +597,7 @@ def is_empty(folder: Path) -> bool:
     return folder.is_dir() and all(file.name.startswith(scflow.UNFINISHED) for file in folder.iterdir())
 
 
-def read_config(folder, kind: str, *keys: str) -> dict:
+def read_config(folder: Path, kind: str, *keys: str) -> dict:
     """The config.json of a folder. Raises ValueError unless it says that this is a `kind`, and has the keys."""
     file = Path(folder, "config.json")
     require(file.is_file(), f"{folder} is no {kind}: it holds no config.json")
@@ -626,7 +630,7 @@ def plural(n: int, word: str) -> str:
 # ═══ 6. A run: teacher, student, measures ═════════════════════════════════════════════════
 
 
-def progress(loop, total: int, name: str, quiet: bool = False):
+def progress(loop: Iterator, total: int, name: str, quiet: bool = False) -> Iterator:
     """Pass on the states of a training loop, with a progress bar that shows the losses."""
     with tqdm(total=total, desc=name, disable=quiet, mininterval=0.2) as bar:
         for state in loop:
@@ -644,10 +648,10 @@ class Journal:
         side = torch.linspace(-LIMIT, LIMIT, 48)
         self.rows = []  # losses of every tenth update
         self.frames = []  # samples and critic at some forty moments
-        self.noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
+        self.noise = torch.randn(600, 2, generator=Generator().manual_seed(1))
         self.grid = torch.cartesian_prod(side, side)  # (48²,2)
 
-    def note(self, stage: str, run, total: int) -> None:
+    def note(self, stage: str, run: scflow.Run, total: int) -> None:
         """Record a TeacherRun or a StudentRun."""
         if run.step % 10 == 1:
             self.rows.append({"stage": stage, "step": run.step, **run.losses})
@@ -662,10 +666,10 @@ class Journal:
             self.frames.append(frame)
 
 
-def fit_teacher(run: Run, data, settings: TeacherSettings, watch=None) -> scflow.MLP:
+def fit_teacher(run: Run, data: Data, settings: TeacherSettings, watch: Callable | None = None) -> scflow.MLP:
     """Train the teacher of a run. `watch("teacher", state, total)` is called after each update."""
     torch.manual_seed(run.seed)  # initial weights
-    generator = torch.Generator(run.device).manual_seed(run.seed)
+    generator = Generator(run.device).manual_seed(run.seed)
     net = scflow.MLP(2, run.width, run.depth).to(run.device)
     oracle = data if run.teacher == "exact" else None
     loop = scflow.train_teacher(net, batches(data), generator, settings, oracle)
@@ -676,11 +680,16 @@ def fit_teacher(run: Run, data, settings: TeacherSettings, watch=None) -> scflow
 
 
 def fit_student(
-    run: Run, data, start, schedule: tuple[Phase, ...], watch=None, loss_function=scflow.distill_losses
+    run: Run,
+    data: Data,
+    start: nn.Module,
+    schedule: tuple[Phase, ...],
+    watch: Callable | None = None,
+    loss_function: Callable = scflow.distill_losses,
 ) -> scflow.StudentRun:
     """Distil into a student that starts from `start`, the learned teacher; returns the last state."""
     torch.manual_seed(run.seed + 1)  # initial weights of the critic
-    generator = torch.Generator(run.device).manual_seed(run.seed + 1)
+    generator = Generator(run.device).manual_seed(run.seed + 1)
     critic = scflow.PointCritic(2, max(1, run.width // 2), run.depth).to(run.device)
     teacher = data if run.teacher == "exact" else start
     total = sum(phase.steps for phase in schedule)
@@ -700,9 +709,9 @@ LABELS = {
 }
 
 
-def evaluate(run: Run, data, who: str, net) -> list[dict]:
+def evaluate(run: Run, data: Data, who: str, net: scflow.Velocity) -> list[dict]:
     """The rows of metrics.json for "teacher" or "student": every solver at every number of steps, from one noise."""
-    generator = torch.Generator().manual_seed(2 * 10**6 + run.seed)
+    generator = Generator().manual_seed(2 * 10**6 + run.seed)
     noise = torch.randn(run.samples, 2, generator=generator)
     fresh, _ = data.sample(run.samples, generator)
     energy = reference(run.dataset, run.samples)
@@ -718,7 +727,7 @@ def evaluate(run: Run, data, who: str, net) -> list[dict]:
             x = scflow.sample(net, noise, steps, solver, generator=generator)
             row = {"who": who, "solver": solver, "steps": steps, "nfe": scflow.nfe(steps, solver)}
             row["energy"] = energy(x)
-            row["sliced_w2"] = sliced_w2(x, fresh, generator=torch.Generator().manual_seed(0))
+            row["sliced_w2"] = sliced_w2(x, fresh, generator=Generator().manual_seed(0))
             if solver == "euler":  # fresh noise leaves no pairs to compare
                 row["gap"] = rms_distance(x, one_step)
             if solver == "euler" and mixture:
@@ -730,9 +739,9 @@ def evaluate(run: Run, data, who: str, net) -> list[dict]:
 
 
 @torch.no_grad()  # a measurement
-def path_error(net, mixture: GaussianMixture, seed: int, n: int = 2000) -> float:
+def path_error(net: scflow.Velocity, mixture: GaussianMixture, seed: int, n: int = 2000) -> float:
     """RMS of f(x_t,t) − f*(x_t,t) over t ~ U(0,1): what is left of the teacher's map where re-noising needs it."""
-    generator = torch.Generator().manual_seed(3 * 10**6 + seed)
+    generator = Generator().manual_seed(3 * 10**6 + seed)
     x0, _ = mixture.sample(n, generator)
     t = torch.rand(n, generator=generator)
     x1 = torch.randn(n, 2, generator=generator)
@@ -740,7 +749,7 @@ def path_error(net, mixture: GaussianMixture, seed: int, n: int = 2000) -> float
     return rms_distance(scflow.predict_x0(net, xt, t), mixture.flow_map(xt, t, 100))
 
 
-def prepare(run: Run):
+def prepare(run: Run) -> Data:
     """The data set of a run. Raises ValueError if it cannot be run."""
     data = dataset(run.dataset)
     mixture = isinstance(data, GaussianMixture)
@@ -785,7 +794,7 @@ def train(run: Run, settings: TeacherSettings, schedule: tuple[Phase, ...]) -> t
     return folder, metrics
 
 
-def measure(run: Run, teacher, student) -> dict:
+def measure(run: Run, teacher: scflow.Velocity, student: nn.Module) -> dict:
     """What metrics.json holds of teacher and student, which are moved to the CPU."""
     data = dataset(run.dataset)
     metrics = {name: getattr(run, name) for name in ("dataset", "seed", "preset", "teacher", "samples")}
@@ -865,7 +874,7 @@ def by_angle(noise: Tensor) -> np.ndarray:
     return LinearSegmentedColormap.from_list("wheel", WHEEL)(turns.numpy())
 
 
-def write_figure(path, figure, dpi: int = 100) -> None:
+def write_figure(path: Path | str, figure, dpi: int = 100) -> None:
     """Save a figure as a PNG of 256 colours, a third of the size."""
     from PIL import Image
 
@@ -910,7 +919,7 @@ class Pictures:
             self.target = scflow.clone(self.student)
             self.target.load_state_dict(past["target"])
         self.teacher = self.exact if config["teacher"] == "exact" else scflow.load(self.folder / "teacher.pt")
-        generator = torch.Generator().manual_seed(3)
+        generator = Generator().manual_seed(3)
         self.noise = torch.randn(1500, 2, generator=generator)
         self.x0, _ = self.data.sample(1500, generator)
 
@@ -980,7 +989,7 @@ class Pictures:
         side = torch.linspace(-LIMIT, LIMIT, 61)
         fine = torch.cartesian_prod(side, side)  # (61²,2)
         coarse = torch.cartesian_prod(side[2::5], side[2::5])
-        x1 = torch.randn(200, 2, generator=torch.Generator().manual_seed(4))
+        x1 = torch.randn(200, 2, generator=Generator().manual_seed(4))
         for row, who in zip(axes, ("teacher", "student")):
             for ax, t in zip(row, (1.0, 0.75, 0.5, 0.25)):
                 net = getattr(self, who)
@@ -1062,7 +1071,7 @@ class Pictures:
 
         Returns edges (bins+1,) and {name: [value per bin]}.
         """
-        generator = torch.Generator().manual_seed(5)
+        generator = Generator().manual_seed(5)
         edges = np.linspace(0, 1, bins + 1)
         phase = replace(self.schedule[0], self_source="student", self_form="x0")
         weights = {"adv": 0.0}  # it has t = 1 only
@@ -1106,7 +1115,7 @@ class Pictures:
 
         figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), dpi=90)
         figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.8, wspace=0.03)
-        colours = by_angle(torch.randn(600, 2, generator=torch.Generator().manual_seed(1)))  # the journal's noise
+        colours = by_angle(torch.randn(600, 2, generator=Generator().manual_seed(1)))  # the journal's noise
 
         def draw(frame):
             for ax, steps, x in zip(axes, (1, 2, 4), frame["samples"].float()):
@@ -1182,7 +1191,12 @@ def plot_command(argv: list[str]) -> None:
 COMMANDS = {"train": train_command, "plot": plot_command}
 
 
-def main(argv=None, commands=COMMANDS, default: str | None = "train", program: str = "toy_2d.py") -> int:
+def main(
+    argv: list[str] | None = None,
+    commands: dict[str, Callable] = COMMANDS,
+    default: str | None = "train",
+    program: str = "toy_2d.py",
+) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2, a stop by Ctrl-C is 130."""
     open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)

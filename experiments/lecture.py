@@ -1,6 +1,19 @@
-"""What the lectures in notebooks/ share: how an exercise is checked."""
+"""What the lectures in notebooks/ share: their style, and how an exercise is checked."""
 
 from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import torch
+
+import toy_2d
+
+
+def start(dpi: int = 80, linewidth: float = 1.5) -> None:
+    """The style of the figures; and one thread, in which networks this small run best."""
+    torch.set_num_threads(1)
+    plt.rcParams.update(toy_2d.STYLE)
+    plt.rcParams["figure.dpi"] = dpi
+    plt.rcParams["lines.linewidth"] = linewidth
 
 
 def exercise(check: Callable[[], None]) -> Callable[[], None]:

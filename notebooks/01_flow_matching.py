@@ -17,32 +17,22 @@
 # learn that is trained on the lines, and what does the crossing cost?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/01_flow_matching.ipynb)
+#
+# It needs this repository: `pip install -e '.[notebooks]'` in a clone, or, hosted,
+# `%pip install git+https://github.com/OWNER/REPO`.
 
 # %%
-import math
-import subprocess
-import sys
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
-sys.path.insert(0, "..")  # a clone holds scflow.py and toy_2d.py one folder up,
-sys.path.insert(0, ".")  # or here
-try:
-    import toy_2d
-except ImportError:  # a hosted notebook: fetch them once
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    import toy_2d
 import scflow
-from experiments.lecture import exercise
+import toy_2d
+from experiments.lecture import exercise, start
 from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture
 
 GREEN = "#009E73"
-torch.set_num_threads(1)  # networks this small run best in one thread
-plt.rcParams.update(toy_2d.STYLE)
-plt.rcParams["figure.dpi"] = 72
-plt.rcParams["lines.linewidth"] = 2
+start(dpi=72, linewidth=2)
 
 # %% [markdown]
 # ## Lines that cross
@@ -71,25 +61,8 @@ ax.set(xlim=(1.02, -0.02), ylim=(-3.6, 3.6))
 plt.show()
 
 # %% [markdown]
-# *What to see: a tangle. Through one place, at one time, go lines to both modes.*
-#
-# How many pairs of lines meet? Those whose order at t = 0 is not that at t = 1. Noise and data are independent, so
-# both orders are equally likely.
-
-
-# %%
-def share_that_meet(starts, ends):
-    """Share of the pairs of lines whose order at the end is not that at the start, (n,1) each."""
-    at_start = starts - starts.T  # (n,n)
-    at_end = ends - ends.T
-    turned = at_start * at_end < 0
-    pairs = len(starts) * (len(starts) - 1)
-    return turned.sum().item() / pairs
-
-
-meeting = share_that_meet(x1, x0)
-print(f"pairs of lines that meet: {meeting:.3f}")
-assert abs(meeting - 0.5) < 0.04  # every second pair
+# *What to see: a tangle. Through one place, at one time, go lines to both modes. Every second pair of lines meets, for
+# noise and data are independent.*
 
 # %% [markdown]
 # ## The mean over the lines
@@ -100,7 +73,7 @@ assert abs(meeting - 0.5) < 0.04  # every second pair
 # **v\*(x,t) = E[ x₁ − x₀ | x_t = x ]**
 #
 # For a Gaussian mixture this is a formula, and a `GaussianMixture` is called like a network to give it. Is it
-# right? Draw many lines and take the mean by hand.
+# right? Draw many lines and take the mean of those that pass one place.
 
 # %%
 many = 1_000_000
@@ -115,47 +88,23 @@ assert abs(passing.mean() - exact) < 0.1
 near = (passing - exact).abs() < 0.3
 assert near.float().mean() < 0.01  # hardly a line has that velocity
 
-# %% [markdown]
-# The same for every place at once, at three times. In each narrow bin the mean over the lines must be that of v\*, up
-# to the error of a finite sample.
-
-# %%
-edges = torch.linspace(-2.5, 2.5, 51)
-dots = {}
-for t in (0.8, 0.5, 0.2):
-    times = torch.full((many,), t)
-    xt = scflow.interpolate(x0, x1, times)
-    difference = v - two(xt, times)
-    number = torch.bucketize(xt[:, 0], edges)  # of the bin; 0 and 51 are outside
-    dots[t] = []
-    for b in range(1, 51):
-        inside = number == b
-        rest = difference[inside]
-        if len(rest) > 500:
-            error = rest.std() / math.sqrt(len(rest))
-            assert rest.mean().abs() < 5 * error  # nothing but the error of the sample
-            centre = (edges[b - 1] + edges[b]) / 2
-            dots[t].append((centre, v[inside].mean()))
-
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
 axes[0].hist(passing.numpy(), 60, color=GREY)
 axes[0].axvline(exact, color=TEACHER, label="v*")
 axes[0].set(xlabel="velocity of the lines through x = 0, t = ½", ylabel="lines")
 places = torch.linspace(-2.5, 2.5, 300)
-for t, color in zip(dots, (STUDENT, TEACHER, GREEN)):
+for t, color in zip((0.8, 0.5, 0.2), (STUDENT, TEACHER, GREEN)):
     formula = two(places[:, None], torch.full((300,), t))
     axes[1].plot(places, formula, color=color, lw=1.5, label=f"t = {t}")
-    axes[1].plot(*zip(*dots[t]), "o", color=color)
 axes[1].set(xlabel="x", ylabel="v*(x,t)", ylim=(-4, 4))
 for ax in axes:
     ax.legend()
 plt.show()
 
 # %% [markdown]
-# *What to see: left, lines through one place go one of two ways, and hardly one at v\*. Right, the dots are means
-# over lines, the curves the formula. As t falls, v\* turns from one mode to the other within a shorter and shorter
-# way.*
+# *What to see: left, lines through one place go one of two ways, and hardly one at v\*. Right, the formula: as t falls,
+# v\* turns from one mode to the other within a shorter and shorter way.*
 
 # %% [markdown]
 # **Exercise.** Find the formula. For one Gaussian N(m, s²I), x₀ and x_t are jointly Gaussian, so that the mean of
@@ -246,89 +195,9 @@ plt.show()
 # %% [markdown]
 # *What to see: the same density at every t, in grey, and other paths. The lines are straight and cross. The paths of
 # v\* do not cross, so they bend: at first all go towards the mean of the data, then they part.*
-
-# %% [markdown]
+#
 # Why is the density the same? What flows through a place is counted there as density times *mean* velocity. Who goes
 # which way does not matter: at each meeting the lines may swap partners.
-#
-# **Exercise.** On a line this fixes the flow. No path overtakes another, so the share of the mass below a path stays
-# what it was: F_t(x_t) = Φ(x₁). Write F_t, the distribution function of x_t.
-
-
-# %%
-def share_below(x, t, means, s, weights):
-    """P(x_t < x) for the mixture, x of shape (B,1) and one t; Φ is torch.special.ndtr."""
-    return ...  # your answer
-
-
-# %%
-@exercise
-def check():
-    for x, t in zip(path, times):
-        error = share_below(x, t, two.means, two.std, two.weights) - quantiles
-        assert error.abs().max() < 5e-3
-
-
-# %% jupyter={"source_hidden": true}
-# Solution
-def share_below(x, t, means, s, weights):
-    sigma = (((1 - t) * s) ** 2 + t**2) ** 0.5
-    below = torch.special.ndtr((x - (1 - t) * means[:, 0]) / sigma)  # (B,K)
-    return (weights * below).sum(1)
-
-
-check()
-
-# %%
-upward = (path[-1] > 0).float().mean().item()
-print(f"share of the noise that goes to the upper mode: {upward:.4f}")
-assert abs(upward - 2 / 3) < 0.005  # the flow cuts the noise where the weights say
-
-# %% [markdown]
-# The same in the plane, with eight modes. A point keeps the colour of its noise.
-
-# %%
-x0, _ = eight.sample(n, generator)
-x1 = torch.randn(n, 2, generator=generator)
-_, flow = scflow.sample(eight, x1, steps=60, solver="heun", trajectory=True)  # (61,n,2)
-times = torch.linspace(1, 0, 61)
-lines = torch.stack([scflow.interpolate(x0, x1, t.expand(n)) for t in times])
-colors = toy_2d.by_angle(x1)
-
-# %%
-fig, axes = plt.subplots(2, 5, figsize=(10, 4.4))
-for column, i in zip(axes.T, (0, 15, 30, 45, 60)):
-    toy_2d.cloud(column[0], lines[i, :500], f"t = {1 - i / 60:g}", colors[:500])
-    toy_2d.cloud(column[1], flow[i, :500], "", colors[:500])
-axes[0, 0].set_ylabel("lines")
-axes[1, 0].set_ylabel("v*")
-plt.show()
-
-# %%
-for i in (15, 30, 45, 60):
-    distance = toy_2d.EnergyDistance(lines[i])
-    print(f"t = {1 - i / 60:g}: energy distance of the two clouds {distance(flow[i]):.4f}")
-    assert distance(flow[i]) < 0.01  # the same law
-
-# %% [markdown]
-# *What to see: the two clouds in a column have the same law. Along the lines the colours are mixed; along v\* every
-# colour stays together.*
-
-# %%
-if "get_ipython" in globals():  # a notebook, not a program
-    from IPython.display import HTML, display
-    from matplotlib.animation import FuncAnimation
-
-    fig, axes = plt.subplots(1, 2, figsize=(6, 3.2), dpi=45)
-
-    def frame(i):
-        for ax, name, points in zip(axes, ("lines", "v*"), (lines, flow)):
-            ax.clear()
-            toy_2d.cloud(ax, points[10 * i, :100], f"{name}, t = {1 - i / 6:.2f}", colors[:100])
-
-    movie = FuncAnimation(fig, frame, 7, interval=300)
-    display(HTML(movie.to_jshtml(default_mode="reflect")))
-    plt.close(fig)
 
 # %% [markdown]
 # ## What the crossing costs
@@ -376,63 +245,22 @@ for name, mixture in worlds.items():
     assert chord < bend + spread
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-still = GaussianMixture([[0.0]], std=1.0)
-shade(axes[0], still)
-_, path = scflow.sample(still, noise[10::20], 50, "heun", trajectory=True)  # (51,20,1)
-times = torch.linspace(1, 0, 51)
-axes[0].plot(times, path[..., 0], color=STUDENT, lw=1)
-axes[0].set(ylabel="x", title="data = noise, and yet the flow moves")
+fig, ax = plt.subplots(figsize=(7, 2.8))
 parts = {"chord²": STUDENT, "bend²": TEACHER, "spread²": GREY}
 left = torch.zeros(3)
 for i, part in enumerate(parts):
     width = torch.tensor([book[i] for book in books.values()])
-    axes[1].barh(list(books), width, 0.6, left, color=parts[part], label=part)
+    ax.barh(list(books), width, 0.6, left, color=parts[part], label=part)
     left = left + width
-axes[1].set(xlabel="mean square per dimension", ylim=(-0.5, 3.3))
-axes[1].legend(ncol=3, loc="upper left")
+ax.set(xlabel="mean square per dimension", ylim=(-0.5, 3.3))
+ax.legend(ncol=3, loc="upper left")
 plt.show()
 
 # %% [markdown]
-# *What to see: left, data that are noise already. To stand still would do, but the lines do not know that: on the
-# average they first run together. Right, the accounts. In all three the larger part is not the way from noise to data.*
-
-# %%
-assert torch.allclose(path[25], path[0] / math.sqrt(2), atol=1e-3)  # σ_t is least at t = ½
-assert torch.allclose(path[50], path[0], atol=1e-3)
+# *What to see: in all three the larger part is not the way from noise to data, even for one Gaussian that is noise
+# already.*
 
 # %% [markdown]
-# **Exercise.** For one Gaussian N(m, s²I) the spread has a closed form: v = (x_t − x₀)/t, so at a given t it is the
-# variance of x₀ given x_t, over t². That variance is s²t²/σ_t². Now take the mean over t from 0 to 1. (Hint:
-# u = t/(1−t).)
-
-
-# %%
-def mean_spread(s):
-    """∫ s²/σ_t² dt from 0 to 1, with σ_t² = (1−t)²s² + t²: the floor of the loss per dimension."""
-    return ...  # your answer
-
-
-# %%
-@exercise
-def check():
-    for s in (0.3, 1.0, 2.0):
-        _, bend, spread = accounts(GaussianMixture([[1.0, -0.5]], s))
-        assert abs(spread - mean_spread(s)) < 0.03 * mean_spread(s)
-        assert abs(bend - (2 * s - mean_spread(s))) < 0.05 * s  # what is left of lines² − chord² = 2s
-
-
-# %% jupyter={"source_hidden": true}
-# Solution
-def mean_spread(s):
-    return math.pi * s / 2  # with u = t/(1−t) it is ∫ s²/(s² + u²) du from 0 to ∞
-
-
-check()
-
-# %% [markdown]
-# So spread² + bend² = 2s: both vanish together, and only when the data are a single point.
-#
 # ## How many steps?
 #
 # A solver replaces the path by a polygon. First a fact about v\*. Since x₀ = x_t − t·(x₁−x₀) on each line, the mean
@@ -485,45 +313,6 @@ plt.show()
 # %% [markdown]
 # *What to see: Euler's polygons over the density. One step takes all noise to one number, the mean of the data. Two are
 # hardly better. With sixteen the polygon follows the bend.*
-#
-# Heun takes the mean of the slopes at both ends of a step, and pays two evaluations for it. For one Gaussian the flow
-# map is known, f\*(x₁,1) = m + s·x₁, and the orders can be measured.
-
-# %%
-counts = [4, 8, 16, 32, 64, 128, 256, 512, 1024]  # evaluations of v*
-m = torch.tensor([1.0, -0.5], dtype=torch.float64)
-x1 = torch.randn(500, 2, generator=generator).double()
-
-
-def solver_error(s, solver, evaluations):
-    """RMS distance to the exact flow map, in double precision."""
-    exact = GaussianMixture(m[None], s).double()
-    steps = evaluations // scflow.nfe(1, solver)
-    x = scflow.sample(exact, x1, steps, solver)
-    return toy_2d.rms_distance(x, m + s * x1)
-
-
-def order(errors):
-    """Minus the slope of the last four points on log-log axes."""
-    slope, _ = np.polyfit(np.log(counts[-4:]), np.log(errors[-4:]), 1)
-    return -slope
-
-
-# %%
-fig, ax = plt.subplots(figsize=(7, 4))
-for solver, color, wanted in (("euler", TEACHER, 1), ("heun", STUDENT, 2)):
-    for s, style in ((0.15, "-"), (1.7, "--")):
-        errors = [solver_error(s, solver, count) for count in counts]
-        ax.loglog(counts, errors, color=color, ls=style, marker="o", label=f"{solver}, s = {s}")
-        print(f"s = {s}: {solver} has order {order(errors):.2f}")
-        assert abs(order(errors) - wanted) < 0.15
-ax.set(xlabel="evaluations of v*", ylabel="RMS error of the sample")
-ax.legend()
-plt.show()
-
-# %% [markdown]
-# *What to see: with twice the evaluations Euler halves its error and Heun quarters it, once the steps are short enough
-# for the bend. With few evaluations neither is any good on narrow data.*
 
 # %% [markdown]
 # ## A network instead of v\*
@@ -584,27 +373,6 @@ with torch.no_grad():  # a measurement
 assert abs(total - floor - excess(teacher, len(xt))) < 0.02  # the two parts add up
 
 # %% [markdown]
-# Where is the network wrong? Against v\* one can say it for every place and time.
-
-# %%
-side = torch.linspace(-toy_2d.LIMIT, toy_2d.LIMIT, 81)
-grid = torch.cartesian_prod(side, side)  # (81²,2)
-fig, axes = plt.subplots(1, 4, figsize=(10, 3))
-for ax, t in zip(axes, (0.9, 0.5, 0.3, 0.1)):
-    times = torch.full((len(grid),), t)
-    with torch.no_grad():  # a picture
-        wrong = (teacher(grid, times) - eight(grid, times)).norm(dim=1)
-    density = eight.log_density(grid, times)
-    wrong[density < density.max() - math.log(1000)] = math.nan  # hardly any line comes here
-    image = ax.pcolormesh(side, side, wrong.view(81, 81).T, cmap="YlOrBr", vmin=0, vmax=1.5)
-    toy_2d.window(ax, f"t = {t}")
-fig.colorbar(image, ax=axes, label="‖v − v*‖", extend="max", shrink=0.65)
-plt.show()
-
-# %% [markdown]
-# *What to see: near the noise the network is nearly right. As t falls, it errs in the middle and between the modes,
-# where v\* turns sharply, and at rims where few lines come. White: less than a thousandth of the highest density.*
-#
 # ## Two errors
 #
 # A sample of the teacher is wrong for two reasons: its steps are too long, and its velocity is not v\*. Steps can be
@@ -625,7 +393,8 @@ plt.show()
 # *What to see: the teacher's samples by Euler, and their energy distance to the data, which is about zero for a true
 # sample. One step is the mean of the data, with the network's error around it.*
 #
-# And here the two errors apart: v\* has only the first.
+# And here the two errors apart: v\* has only the first. Beside Euler stands Heun, which takes the mean of the slopes at
+# both ends of a step, and pays two evaluations for it.
 
 # %%
 counts = [2, 4, 8, 16, 32, 64, 128]
@@ -650,8 +419,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# *What to see: with v\* (grey) the error keeps falling. With the teacher (orange) it stops falling at the network's own
-# error. From there on, more steps or a better solver buy nothing; before it, nothing but steps helps.*
+# *What to see: with v\* (grey) the error keeps falling: with twice the evaluations Euler halves it, and Heun quarters
+# it. With the teacher (orange) it stops at the network's own error. From there on, more steps or a better solver buy
+# nothing; before it, nothing but steps helps.*
 
 # %%
 for solver in ("euler", "heun"):
@@ -672,7 +442,7 @@ assert one > 100 * many
 # %% [markdown]
 # ## What to try next
 #
-# - Set s = 1 in the figure of the orders. Heun seems better than it should be: what is special about σ_t there?
+# - Where is the network wrong? Draw ‖v − v\*‖ on a grid, at t = 0.9, 0.5 and 0.1.
 # - Train longer, `teacher_steps=4000`. How far does the plateau of the last figure fall? Does the loss show it?
 # - One evaluation knows only the mean of the data *at t = 1 under v\**. Can a network be trained to jump to the end of
 #   the path instead? Open the next notebook, `02_consistency`.

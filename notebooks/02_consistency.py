@@ -17,32 +17,24 @@
 # same network make the samples worse?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/02_consistency.ipynb)
+#
+# It needs this repository: `pip install -e '.[notebooks]'` in a clone, or, hosted,
+# `%pip install git+https://github.com/OWNER/REPO`.
 
 # %%
 import math
-import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-sys.path.insert(0, "..")  # a clone holds scflow.py and toy_2d.py one folder up,
-sys.path.insert(0, ".")  # or here
-try:
-    import toy_2d
-except ImportError:  # a hosted notebook: fetch them once
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    import toy_2d
 import scflow
-from experiments.lecture import exercise
+import toy_2d
+from experiments.lecture import exercise, start
 from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture
 
 GREEN = "#009E73"
-torch.set_num_threads(1)  # networks this small run best in one thread
-plt.rcParams.update(toy_2d.STYLE)
-plt.rcParams["figure.dpi"] = 80
-plt.rcParams["lines.linewidth"] = 2
+start(linewidth=2)
 
 # %% [markdown]
 # ## The flow map
@@ -96,12 +88,6 @@ plt.show()
 # student's latest weights, which is held fixed in the update.
 #
 # The other fact, f(x,0) = x, costs nothing: f(x,t) = x − t·v(x,t) has it **whatever the weights are**.
-
-# %%
-torch.manual_seed(0)
-net = scflow.MLP()  # untrained
-assert torch.equal(scflow.predict_x0(net, noise, torch.zeros(4000)), noise)
-assert not torch.allclose(scflow.predict_x0(net, noise, torch.ones(4000)), noise, atol=0.1)
 
 # %% [markdown]
 # ## Break it
@@ -164,11 +150,18 @@ assert spread["f = x − t·v"] > 1
 # %% [markdown]
 # ## The neighbour
 #
-# The true neighbour on the path is not known. The teacher gives it approximately, by one Euler step:
-# x_r = x_t − (t−r)·v\*(x_t,t). The time r is drawn evenly from the **window** before t, r = t − U(0, min(t,δ)).
-# (`scflow` writes x_s; from here on, s is the width of the data.)
+# The true neighbour on the path is not known. The teacher gives it by a step of its own: in the paper one Euler step,
+# here two Heun steps (of second order) in a wider window. Notebook 9 is about this step.
+
+# %% [markdown]
+# ## Truncation
 #
-# What does that Euler step cost? One Gaussian N(0, s²) shows it, for there every map is a factor on x.
+# The paper does not walk all the way down. Where the neighbour's time is below τ, the target is the true x₀. But many
+# x₀ belong to one x_t, and the best squared answer is their mean, E[x₀|x_t] = x_t − t·v\*(x_t,t). Above τ this mean is
+# handed on along the path.
+#
+# **Exercise.** One Gaussian N(0, s²), where σ_t² = (1−t)²s² + t². What is the standard deviation of f(x₁,1), if it is
+# the mean at the point x_τ of its path?
 
 
 # %%
@@ -177,244 +170,11 @@ def sigma(s, t):
     return (((1 - t) * s) ** 2 + t**2) ** 0.5
 
 
-def slope(s, t):
-    """v*(x,t) / x."""
-    return (t - (1 - t) * s**2) / sigma(s, t) ** 2
-
-
 def exact_factor(s, t):
     """f*(x,t) / x."""
     return s / sigma(s, t)
 
 
-def mean_factor(s, t):
-    """E[x₀|x_t = x] / x."""
-    return 1 - t * slope(s, t)
-
-
-# %%
-x = torch.randn(500, 1, generator=generator)
-t = torch.rand(500, generator=generator)
-for s in (0.15, 0.5, 2.0):
-    gaussian = GaussianMixture([[0.0]], std=s)
-    assert torch.allclose(gaussian(x, t), slope(s, t)[:, None] * x, atol=1e-3)
-    assert torch.allclose(gaussian.flow_map(x, t), exact_factor(s, t)[:, None] * x, atol=1e-3)
-
-# %% [markdown]
-# **Exercise.** A student says f(x,r) = a·x at time r. By which number does it multiply x_t when it answers at the
-# teacher's neighbour, f(x_r,r)?
-
-
-# %%
-def target_factor(a, t, r, s):
-    """f(x_r,r) / x_t for x_r one Euler step from x_t."""
-    return ...  # your answer
-
-
-# %%
-@exercise
-def check():
-    r = t * torch.rand(500)
-    a = torch.rand(500)
-    near = t - 1e-4
-    for s in (0.15, 0.5, 2.0):
-        gaussian = GaussianMixture([[0.0]], std=s)
-        neighbour = scflow.follow(gaussian, x, t, r, "euler")
-        assert torch.allclose(a[:, None] * neighbour, target_factor(a, t, r, s)[:, None] * x, atol=1e-3)
-        close = target_factor(exact_factor(s, near), t, near, s)
-        assert torch.allclose(close, exact_factor(s, t), atol=1e-3)  # for a tiny step f* is consistent
-
-
-# %% jupyter={"source_hidden": true}
-# Solution
-def target_factor(a, t, r, s):
-    return a * (1 - (t - r) * slope(s, t))
-
-
-check()
-
-# %% [markdown]
-# At f\* itself the two answers differ by O(δ²): halve the step, and the residual falls by four.
-
-# %%
-s = 0.5
-t = 0.6
-steps = 0.2 / 2 ** torch.arange(7, dtype=torch.float64)
-r = t - steps
-target = target_factor(exact_factor(s, r), t, r, s)
-residuals = sigma(s, t) * (exact_factor(s, t) - target).abs()
-ratios = residuals[:-1] / residuals[1:]
-print("halving the step divides the residual by", *(f"{ratio:.2f}" for ratio in ratios))
-assert abs(ratios[-1] - 4) < 0.1
-
-# %% [markdown]
-# ## What a window trades
-#
-# So take a tiny window? Only at t = 0 is the answer known from the start, f(x,0) = x. With every refit it is known up
-# to a time that is at most δ higher. We can watch it: keep one factor a(t) for each t of a grid. A **sweep** refits all
-# of them, each to the mean of its targets.
-
-# %%
-grid = torch.linspace(0, 1, 801, dtype=torch.float64)
-ts = grid[:, None]
-rs = grid[None, :]
-
-
-def sweep_matrix(delta, s):
-    """M with a ← M·a: row t averages the targets from all r of the window before t."""
-    inside = (rs < ts) & (rs > ts - delta - 1e-9)
-    count = inside.sum(1, keepdim=True).clamp(min=1)
-    matrix = target_factor(1, ts, rs, s) * inside / count
-    matrix[0, 0] = 1  # f(x,0) = x
-    return matrix
-
-
-def at_rest(matrix, constant=0 * grid):
-    """The a that a sweep leaves as it is: a = M·a + constant, with a = 1 at t = 0."""
-    eye = torch.eye(len(grid) - 1)
-    rest = torch.linalg.solve(eye - matrix[1:, 1:], matrix[1:, 0] + constant[1:])
-    return torch.cat([grid[-1:], rest])
-
-
-# %%
-s = 0.5
-deltas = [0.4, 0.2, 0.1, 0.05, 0.025, 0.0125]
-bias = []
-sweeps = []
-snapshots = []
-for delta in deltas:
-    matrix = sweep_matrix(delta, s)
-    final = at_rest(matrix)[-1].item()
-    a = mean_factor(s, grid)  # it starts at the teacher's guess
-    count = 0
-    while abs(a[-1] - final) > 0.01 * s:
-        if delta == 0.1 and count % 6 == 0:
-            snapshots.append(a)
-        a = matrix @ a
-        count += 1
-    bias.append(abs(final - s))
-    sweeps.append(count)
-
-# %%
-fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
-for i, a in enumerate(snapshots):
-    axes[0].plot(grid, a, color=STUDENT, lw=1.5, alpha=0.25 + 0.75 * i / len(snapshots))
-axes[0].plot(grid, exact_factor(s, grid), "k--", label="f*")
-axes[0].set(xlabel="t", ylabel="f(x,t) / x", ylim=(0, 1.15), title="δ = 0.1, every 6 sweeps")
-axes[1].loglog(steps, residuals, "s-", color=GREY, label="residual of f*")
-axes[1].loglog(deltas, bias, "o-", color=TEACHER, label="error after many sweeps")
-axes[1].set(xlabel="δ", title="error")
-axes[2].loglog(deltas, sweeps, "^-", color=GREEN)
-axes[2].set(xlabel="δ", title="sweeps until within 1%")
-for ax in axes[:2]:
-    ax.legend()
-plt.show()
-
-# %% [markdown]
-# *What to see. Left: the curve starts at the teacher's guess and is put right from t = 0 outwards. Middle: one hop errs
-# by δ² (grey), the whole walk by δ (orange). Right: the shorter the window, the more sweeps. A short window is more
-# exact, and takes longer.*
-
-# %%
-for delta, error, count in zip(deltas, bias, sweeps):
-    print(f"δ = {delta:<7g} error after many sweeps, over s: {error / s:.3f}; sweeps: {count}")
-assert 1.7 < bias[-2] / bias[-1] < 2.1  # first order: half the window, half the error
-assert 1.5 < sweeps[-1] / sweeps[-2] < 2.5  # and twice the sweeps
-
-# %% [markdown]
-# The same with sliders, where `ipywidgets` is at hand (hosted notebooks have it); elsewhere one picture.
-
-
-# %%
-def draw_sweeps(delta=0.1, sweeps=6, s=0.5):
-    """Draw the factor a(t) after a number of sweeps with window δ."""
-    matrix = sweep_matrix(delta, s)
-    a = mean_factor(s, grid)
-    for _ in range(sweeps):
-        a = matrix @ a
-    fig, ax = plt.subplots(figsize=(6.5, 3.4))
-    ax.plot(grid, a, color=STUDENT, label=f"δ = {delta:g}, {sweeps} sweeps")
-    ax.plot(grid, at_rest(matrix), ":", color=TEACHER, label="after many sweeps")
-    ax.plot(grid, exact_factor(s, grid), "k--", label="f*")
-    ax.set(xlabel="t", ylabel="f(x,t) / x", ylim=(0, 1.15), title=f"s = {s:g}")
-    ax.legend()
-    plt.show()
-
-
-try:
-    from ipywidgets import interact
-
-    interact(draw_sweeps, delta=(0.02, 0.5, 0.02), sweeps=(0, 60), s=(0.1, 1.0, 0.1))
-except ImportError:
-    draw_sweeps()
-
-# %% [markdown]
-# *What to see: the answer is known as far as the blue curve lies on the dotted one. With a wide window that is
-# everywhere at once, but the answer is wrong.*
-
-# %% [markdown]
-# ## A better step
-#
-# The Euler step makes it wrong. After many sweeps the student says what the teacher's hops say, hop after hop
-# down to t = 0, and each hop errs. So let the teacher walk better inside the window: `scflow.follow` can take one
-# **Heun** step, or two. It costs more teacher evaluations, but they need no gradient.
-#
-# **Predict before you run it:** on the eight Gaussians, by how much does the error of the whole walk fall when δ is
-# halved?
-
-
-# %%
-def walk_error(delta, walk):
-    """RMS distance to f* of hops of length δ from t = 1 to 0, with the exact velocity."""
-    hops = round(1 / delta)
-    x = start
-    for i in range(hops):
-        t = torch.full((len(x),), 1 - i / hops, dtype=torch.float64)
-        r = torch.full((len(x),), 1 - (i + 1) / hops, dtype=torch.float64)
-        x = scflow.follow(precise, x, t, r, walk)
-    return toy_2d.rms_distance(x, goal)
-
-
-precise = toy_2d.dataset("8gaussians").double()  # double precision: the errors are small
-start = noise[:500].double()
-goal = precise.flow_map(start, torch.ones(500, dtype=torch.float64), steps=1000)
-windows = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128]
-walks = {}
-for walk in ("euler", "heun", "heun-2"):
-    walks[walk] = [walk_error(delta, walk) for delta in windows]
-
-# %%
-fig, ax = plt.subplots(figsize=(7, 3.8))
-for walk, color in zip(walks, (TEACHER, STUDENT, GREEN)):
-    order = math.log2(walks[walk][-2] / walks[walk][-1])
-    wanted = 1 if walk == "euler" else 2
-    assert abs(order - wanted) < 0.2
-    ax.loglog(windows, walks[walk], "o-", color=color, label=f"{walk}: order {order:.2f}")
-ax.set(xlabel="window δ", ylabel="error of the whole walk")
-ax.legend()
-plt.show()
-assert walks["heun-2"][0] < 1.2 * walks["euler"][2]  # δ = 1/2 against δ = 1/8
-assert walks["heun-2"][1] < walks["euler"][3] / 2  # δ = 1/4 against δ = 1/16
-
-# %% [markdown]
-# *What to see: one Euler step per window leaves an error of order δ, one Heun step of order δ², once the window is
-# short enough for the bends of the paths.* Two Heun steps in a window of ½ err no more than one Euler step in a window
-# of ⅛, and news of the data moves four times as far with every refit. In narrower windows they are far ahead. So a
-# better step buys a **wide window**. The paper takes one Euler step in a narrow one; this project's own schedule,
-# `two_phase`, takes two Heun steps in a wide one. (A student draws its hops from 0 to δ, so its error is smaller than
-# that of the longest hops. The order is the same.)
-
-# %% [markdown]
-# ## Truncation
-#
-# The paper does not walk all the way: where r < τ, the target is the true x₀. That is news from the data without
-# waiting. But many x₀ belong to one x_t, and the best squared answer is their mean,
-# E[x₀|x_t] = x_t − t·v\*(x_t,t). Above τ this mean is handed on along the path.
-#
-# **Exercise.** One Gaussian: what is the standard deviation of f(x₁,1), if it is the mean at the point x_τ of its path?
-
-
-# %%
 def one_step_std(tau, s):
     """Standard deviation of E[x₀|x_τ]."""
     return ...  # your answer
@@ -445,40 +205,9 @@ def one_step_std(tau, s):
 check()
 
 # %% [markdown]
-# The formula hands the mean on without error, from τ sharp. Sweeps with a window tell the rest.
-
-
-# %%
-def rest_std(tau, s, delta=0.1):
-    """Standard deviation of f(x₁,1) after many sweeps, with targets x₀ where r < τ."""
-    matrix = sweep_matrix(delta, s)
-    window = matrix != 0
-    truncated = rs < tau - 1e-9
-    share = (window & truncated).sum(1) / window.sum(1)  # of the targets that are data
-    a = at_rest(matrix * ~truncated, share * mean_factor(s, grid))
-    return a[-1].item()
-
-
-# %%
-taus = torch.linspace(0, 1, 101)
-some = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-fig, ax = plt.subplots(figsize=(7, 3.8))
-for s, color in ((0.15, GREY), (0.5, GREEN), (1.0, STUDENT)):
-    ax.plot(taus, one_step_std(taus, s) / s, color=color, label=f"s = {s:g}")
-    swept = [rest_std(tau, s) / s for tau in some]
-    ax.plot(some, swept, "o", color=color)
-    assert 0.75 < rest_std(0.4, s) / one_step_std(0.4, s) < 1
-ax.axvline(0.4, color="black", ls=":", lw=1.5, label="τ = 0.4")
-ax.set(xlabel="truncation τ", ylabel="one-step std / s", xlim=(0, 1), ylim=(0, 1.03))
-ax.legend()
-plt.show()
-
-# %% [markdown]
-# *What to see: lines are the formula, dots the sweeps with δ = 0.1. Truncation shrinks the one-step sample, the narrow
-# Gaussian most. The dots lie a little lower: the window shrinks too. A mean is no sample; the next notebook asks a
-# critic to win the spread back.*
-
-# %% [markdown]
+# For narrow data the mean at τ = 0.4 has hardly any spread left. A mean is no sample; notebook 3 asks a critic to win
+# the spread back.
+#
 # ## A student
 #
 # Back to the eight Gaussians, with τ = 0. The network of the broken experiment that kept its boundary goes on
@@ -630,12 +359,6 @@ def two_steps_std(s):
 
 
 check()
-
-# %%
-for s in (0.15, 0.5, 1.0, 2.0):
-    x = torch.randn(50_000, 1, generator=generator)
-    again = scflow.sample(gaussian_student(s), x, steps=8, solver="renoise", generator=generator)
-    assert abs(again.std() - s) < 0.03 * s  # re-noised points are true x_t, and keep the width
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))

@@ -17,33 +17,25 @@
 # one-step student that a regression cannot? And what would a critic alone forget?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/03_one_step_gan.ipynb)
+#
+# It needs this repository: `pip install -e '.[notebooks]'` in a clone, or, hosted,
+# `%pip install git+https://github.com/OWNER/REPO`.
 
 # %%
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
 
-sys.path.insert(0, "..")  # a clone holds scflow.py and toy_2d.py one folder up,
-sys.path.insert(0, ".")  # or here
-try:
-    import toy_2d
-except ImportError:  # a hosted notebook: fetch them once
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    import toy_2d
 import scflow
-from experiments.lecture import exercise
-from toy_2d import GREY, STUDENT, TEACHER, GaussianMixture, cloud
+import toy_2d
+from experiments.lecture import exercise, start
+from toy_2d import GREY, STUDENT, GaussianMixture, cloud
 
 PINK = "#CC79A7"
 SEED = 4
-torch.set_num_threads(1)  # networks this small run best in one thread
-plt.rcParams.update(toy_2d.STYLE)
-plt.rcParams["figure.dpi"] = 80
-plt.rcParams["lines.linewidth"] = 2
+start(linewidth=2)
 
 # %% [markdown]
 # ## A mean is not a sample
@@ -288,78 +280,6 @@ plt.show()
 # the learned D is low in the middle and high outside: uphill is outward. That is the lesson a mean cannot give.*
 
 # %% [markdown]
-# ## Where each loss stops teaching
-#
-# The student minimises −D(x̂₀). There is a second pair of losses, of the first GANs: softplus(−D) for data and
-# softplus(D) for samples; the student minimises softplus(−D). Both pairs are in `scflow`.
-#
-# **Exercise.** Write the slopes in the logit D: of the critic's loss on one sample, and of the student's loss.
-
-
-# %%
-def critic_slope(d, kind):
-    """Derivative of the critic's loss on a sample with logit d."""
-    return ...  # your answer
-
-
-def student_slope(d, kind):
-    """Derivative of the student's loss there."""
-    return ...  # your answer
-
-
-# %%
-logits = torch.linspace(-4, 4, 200)
-safe = torch.tensor([9.0])  # the logit of some data, which costs next to nothing
-
-
-@exercise
-def check():
-    for kind in ("hinge", "softplus"):
-        d = logits.clone().requires_grad_()
-        loss = 200 * scflow.critic_loss(safe, d, kind)  # a sum over the samples, not a mean
-        (slope,) = torch.autograd.grad(loss, d)
-        assert torch.allclose(slope, critic_slope(logits, kind), atol=1e-6)
-        loss = 200 * scflow.adversarial_loss(d, kind)
-        (slope,) = torch.autograd.grad(loss, d)
-        assert torch.allclose(slope, student_slope(logits, kind), atol=1e-6)
-
-
-# %% jupyter={"source_hidden": true}
-# Solution
-def critic_slope(d, kind):
-    return (d > -1).float() if kind == "hinge" else torch.sigmoid(d)
-
-
-def student_slope(d, kind):
-    return -torch.ones_like(d) if kind == "hinge" else -torch.sigmoid(-d)
-
-
-check()
-
-# %%
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
-for kind, color in (("hinge", STUDENT), ("softplus", TEACHER)):
-    axes[0].plot(logits, critic_slope(logits, kind), color=color, label=kind)
-    axes[1].plot(logits, -student_slope(logits, kind), color=color)
-axes[0].set(title="push on the critic", xlabel="logit D of a sample", ylabel="size of the slope")
-axes[1].set(title="push on the student", xlabel="logit D of a sample", ylim=(-0.05, 1.15))
-axes[0].legend(loc="center right")
-plt.show()
-
-# %% [markdown]
-# *What to see: the hinge critic stops once a sample is safely recognised, and its height stays near ±1; softplus never
-# stops. A hinge student is always pushed; a softplus student less, the better it passes for data.*
-#
-# The push on a *sample* is this slope times ∇D(x). The best hinge critic is flat, and has none to give. A learned one
-# teaches along the ramps between its plateaus.
-
-# %%
-x = torch.tensor([[0.0], [0.38]], requires_grad=True)  # the middle, and about where p = q
-(slope,) = torch.autograd.grad(critic(x).sum(), x)
-print(f"slope of the learned D in the middle {slope[0].item():.2f}, where p = q {slope[1].item():.2f}")
-assert slope[1] > 3 * slope[0].abs()
-
-# %% [markdown]
 # ## Spread, won back
 #
 # The same truncated students, now with λ_adv = 0.1 beside the regression. **Predict:** which of them reach the dashed
@@ -393,7 +313,6 @@ for run in scflow.train_teacher(net, batch, generator, settings, oracle=mixture)
 n = 4000
 noise = torch.randn(n, 2, generator=generator)
 goal = mixture.flow_map(noise, torch.ones(n), steps=50)  # where the teacher's flow takes each noise
-truth, _ = mixture.sample(n, generator, stratified=True)
 floor = toy_2d.floor_of("8gaussians", n)
 scores = {}
 
@@ -411,7 +330,6 @@ def score(name, x):
 MOMENTS = (10, 40, 150, 500)
 samples = {}
 moments = {}  # {name: [(one-step samples, the critic's heights on a mesh), …]}
-proven = {}  # {name: what the critic proves (see below), at every tenth update}
 side = torch.linspace(-toy_2d.LIMIT, toy_2d.LIMIT, 61)
 mesh = torch.cartesian_prod(side, side)
 
@@ -422,10 +340,6 @@ def watch(name, run):
     if run.step in MOMENTS:
         x = scflow.sample(run.student, noise[:500])
         moments[name].append((x, run.critic(mesh).reshape(61, 61).T))
-    if run.step % 10 == 0:
-        x = scflow.sample(run.student, noise)
-        loss = scflow.critic_loss(run.critic(truth), run.critic(x))
-        proven[name].append(1 - loss.item() / 2)
 
 
 def distil(name, **changes):
@@ -433,7 +347,6 @@ def distil(name, **changes):
     torch.manual_seed(SEED)
     g = torch.Generator().manual_seed(SEED)
     moments[name] = []
-    proven[name] = []
     phase = replace(BASE, **changes)
     for run in scflow.distill(mixture, scflow.PointCritic(), batch, g, (phase,), student=start):
         watch(name, run)
@@ -484,54 +397,6 @@ plt.show()
 # the landscape is nearly flat: the critic has lost them. Later it rises again, where it has found the next fault.*
 
 # %% [markdown]
-# A loss L of *any* critic on fresh points proves something: TV ≥ 1 − L/2, for no critic is below 2(1 − TV). So does the
-# critic of the run prove less and less because the samples are better, or because it cannot keep up? Ask a **referee**:
-# a new critic, trained on frozen samples.
-
-
-# %%
-def referee(x):
-    """The TV that a new critic can prove between data and x; it learns on one half of x and is asked on the other."""
-    torch.manual_seed(SEED)
-    g = torch.Generator().manual_seed(SEED)
-    critic = scflow.PointCritic()
-    opt = scflow.adamw(critic, 3e-3, (0.5, 0.99))
-    for _ in range(300):
-        real, _ = mixture.sample(1000, g)
-        fake = x[torch.randint(2000, (1000,), generator=g)]
-        loss = scflow.critic_loss(critic(real), critic(fake))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    real, _ = mixture.sample(2000, g)
-    with torch.no_grad():  # a measurement
-        loss = scflow.critic_loss(critic(real), critic(x[2000:]))
-    return 1 - loss.item() / 2
-
-
-fresh, _ = mixture.sample(n, generator)
-candidates = {"true samples": fresh, **samples}
-verdict = {}
-for name, x in candidates.items():
-    verdict[name] = referee(x)
-    print(f"{name:12} proven TV {verdict[name]:.3f}")
-assert verdict["with critic"] < verdict["regression"] / 2
-
-# %%
-fig, ax = plt.subplots(figsize=(7, 3.6))
-ax.plot(range(10, 510, 10), proven["with critic"], color=STUDENT, label="the run's own critic")
-ax.plot(500, verdict["regression"], "o", color=PINK, label="referee, on the regression", clip_on=False)
-ax.plot(500, verdict["with critic"], "s", color=STUDENT, label="referee, on the run", clip_on=False)
-ax.axhline(0, color="black", lw=1)
-ax.set(xlabel="update", ylabel="proven TV, 1 − L/2", xlim=(0, 505))
-ax.legend()
-plt.show()
-
-# %% [markdown]
-# *What to see: the run's own critic proves little, early and late. There are two reasons. The samples are better: the
-# referee proves far less of the run than of the regression. And this critic cannot keep up: the referee proves more
-# than it does.*
-#
 # ## A critic alone
 #
 # A critic compares laws. It never asks *which* noise went where.

@@ -17,32 +17,25 @@
 # method, not one line. And what does a Fréchet distance of such pictures say, and not say?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/05_celeba_latents.ipynb)
+#
+# It needs this repository: `pip install -e '.[notebooks]'` in a clone, or, hosted,
+# `%pip install git+https://github.com/OWNER/REPO`.
 
 # %%
-import subprocess
-import sys
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
 
-sys.path.insert(0, "..")  # a clone holds scflow.py and the scripts one folder up,
-sys.path.insert(0, ".")  # or here
-try:
-    import celeba_latent
-except ImportError:  # a hosted notebook: fetch them once
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    import celeba_latent
+import celeba_latent
 import scflow
 import toy_2d
 from celeba_latent import frechet_distance, knn_coverage
-from experiments.lecture import exercise
+from experiments.lecture import exercise, start
 from experiments.speed import count_flops
 
-torch.set_num_threads(1)  # networks this small run best in one thread
-plt.rcParams.update(toy_2d.STYLE)
-plt.rcParams["figure.dpi"] = 80
+start()
 generator = torch.Generator().manual_seed(0)
 
 

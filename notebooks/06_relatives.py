@@ -13,33 +13,26 @@
 # %% [markdown]
 # # 6. Relatives
 #
-# **Question.** One network, one loop, the same seconds: what else could they buy?
+# **Question.** One network, one loop, the same seconds: which other methods do as well?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/06_relatives.ipynb)
+#
+# It needs this repository: `pip install -e '.[notebooks]'` in a clone, or, hosted,
+# `%pip install git+https://github.com/OWNER/REPO`.
 
 # %%
 import inspect
-import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import torch
 
-sys.path.insert(0, "..")  # a clone holds scflow.py and experiments/ one folder up,
-sys.path.insert(0, ".")  # or here
-try:
-    from experiments import relatives
-except ImportError:  # a hosted notebook: fetch them once
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    from experiments import relatives
 import toy_2d
-from experiments.lecture import exercise
+from experiments import relatives
+from experiments.lecture import exercise, start
 from scflow import interpolate, predict_x0
 from toy_2d import GaussianMixture
 
-torch.set_num_threads(1)  # networks this small run best in one thread
-plt.rcParams.update(toy_2d.STYLE)
-plt.rcParams["figure.dpi"] = 80
+start()
 
 
 def show(*functions):

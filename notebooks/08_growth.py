@@ -17,27 +17,19 @@
 # seconds?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/08_growth.ipynb)
+#
+# It needs this repository: `pip install -e '.[notebooks]'` in a clone, or, hosted,
+# `%pip install git+https://github.com/OWNER/REPO`.
 
 # %%
-import subprocess
-import sys
-
 import matplotlib.pyplot as plt
 import torch
 
-sys.path.insert(0, "..")  # a clone holds scflow.py and experiments/ one folder up,
-sys.path.insert(0, ".")  # or here
-try:
-    from experiments import growth
-except ImportError:  # a hosted notebook: fetch them once
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "git+https://github.com/OWNER/REPO"], check=True)
-    from experiments import growth
 import toy_2d
-from experiments.lecture import exercise
+from experiments import growth
+from experiments.lecture import exercise, start
 
-torch.set_num_threads(1)  # networks this small run best in one thread
-plt.rcParams.update(toy_2d.STYLE)
-plt.rcParams["figure.dpi"] = 80
+start()
 
 # %% [markdown]
 # ## Mixtures of any dimension
