@@ -442,7 +442,8 @@ class Phase:
 
 
 SCHEDULES = {
-    # The paper's method: all four losses together, with the reference's weights, δ and τ.
+    # The paper's method: all four losses together, with the reference's weights, δ and τ. The critic's loss is
+    # hinge, where the reference's is softplus with R1.
     "paper": (Phase(),),
     # This project's schedule: distil first, straighten last. Where the points x_t and x̂_t overlap,
     # consistency and self-correction ask one network for different values there, and a joint fit lands

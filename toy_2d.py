@@ -243,7 +243,7 @@ DATASETS = {
 }
 
 
-Data = GaussianMixture | Parts | Points
+Data = GaussianMixture | Parts | Points  # what `dataset` returns
 
 
 def dataset(name: str) -> Data:

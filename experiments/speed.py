@@ -272,11 +272,11 @@ def plan_row(size: str, latents: str, name: str, settings) -> dict:
 
 
 def count_plan(size: str, latents: str, name: str, settings) -> dict:
-    """What `plan_row` counts."""
+    """The same row, counted as an update runs."""
     net = scflow.DiT(LATENTS[latents], 2, **celeba_latent.SIZES[size])
     critic = scflow.LatentCritic(LATENTS[latents])
     for network in (net, critic):
-        for part in network.modules():
+        for part in network.modules():  # as celeba_latent.place does, which cannot move fake tensors
             part.precision = torch.bfloat16
 
     def batch(n, generator):
@@ -315,9 +315,11 @@ def count_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def three_digits(value: float) -> str:
-    """A number with its first three digits: 8.48 or 1410."""
-    return f"{float(f'{value:.3g}'):g}"
+def cell(value: str | int | float) -> str:
+    """What the table says: of a number with decimals the first three digits, as 8.48 or 1410."""
+    if isinstance(value, float):
+        return f"{float(f'{value:.3g}'):g}"
+    return str(value)
 
 
 def plan() -> list[str]:
@@ -325,15 +327,16 @@ def plan() -> list[str]:
     lines = []
     for size, latents in (("S", "128 px, TAEF2"), ("S", "256 px, sd-vae-ft-mse"), ("B", "256 px, sd-vae-ft-mse")):
         first, last = celeba_latent.SCHEDULES["large"]
-        for name, settings in (("teacher", celeba_latent.TEACHERS[size]), ("phase 1", first), ("phase 2", last)):
+        trainings = {"teacher": celeba_latent.TEACHERS[size], "phase 1": first, "phase 2": last}
+        for name, settings in trainings.items():
             row = plan_row(size, latents, name, settings)
-            lines.append([three_digits(value) if isinstance(value, float) else str(value) for value in row.values()])
+            lines.append([cell(value) for value in row.values()])
     return common.markdown(list(row), lines)
 
 
 PLAN = """Training with the presets for a GPU, counted on a CPU in bf16, not run. PFLOP: of all updates. GB: weights,
-gradients, moments and averages in float32, and all that autograd keeps during an update, not compiled. R1 is not
-counted."""
+gradients, moments and averages in float32, and all that autograd keeps during an update, not compiled. R1 and the
+closed form that a student starts with are not counted."""
 
 
 # ═══ 5. The program ═══════════════════════════════════════════════════════════════════════

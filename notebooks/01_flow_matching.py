@@ -419,9 +419,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# *What to see: with v\* (grey) the error keeps falling: with twice the evaluations Euler halves it, and Heun quarters
-# it. With the teacher (orange) it stops at the network's own error. From there on, more steps or a better solver buy
-# nothing; before it, nothing but steps helps.*
+# *What to see: with v\* (grey) the error keeps falling: with twice the evaluations Euler about halves it, and Heun
+# about quarters it. With the teacher (orange) it stops at the network's own error. From there on, more steps or a
+# better solver buy nothing; before it, nothing but steps helps.*
 
 # %%
 for solver in ("euler", "heun"):

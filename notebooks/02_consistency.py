@@ -150,8 +150,8 @@ assert spread["f = x − t·v"] > 1
 # %% [markdown]
 # ## The neighbour
 #
-# The true neighbour on the path is not known. The teacher gives it by a step of its own: in the paper one Euler step,
-# here two Heun steps (of second order) in a wider window. Notebook 9 is about this step.
+# The true neighbour on the path is not known. The teacher gives it by a step of its own: in the paper, and in this
+# notebook, one Euler step in a narrow window. Notebook 9 asks for a better one.
 
 # %% [markdown]
 # ## Truncation
@@ -170,11 +170,7 @@ def sigma(s, t):
     return (((1 - t) * s) ** 2 + t**2) ** 0.5
 
 
-def exact_factor(s, t):
-    """f*(x,t) / x."""
-    return s / sigma(s, t)
-
-
+# %%
 def one_step_std(tau, s):
     """Standard deviation of E[x₀|x_τ]."""
     return ...  # your answer
@@ -332,10 +328,11 @@ def two_steps_std(s):
 
 # %%
 def gaussian_student(s):
-    """The exact map of N(0, s²) in the form of a student."""
+    """The exact map of N(0, s²), f*(x,t) = (s/σ_t)·x, in the form of a student."""
 
     def velocity(x, t, cond=None):
-        return (1 - exact_factor(s, t))[:, None] * x / t[:, None]
+        factor = s / sigma(s, t)
+        return (1 - factor)[:, None] * x / t[:, None]
 
     return velocity
 

@@ -224,17 +224,17 @@ assert walks["heun-2"][1] < walks["euler"][3] / 2  # δ = 1/4 against δ = 1/16
 
 # %% [markdown]
 # *What to see: one Euler step per window leaves an error of order δ, one Heun step of order δ², once the window is
-# short enough for the bends of the paths.* Two Heun steps in a window of ½ err no more than one Euler step in a window
-# of ⅛, and what is known at t = 0 moves up four times as far with every refit. In narrower windows they are far ahead.
-# So a better step buys a **wide window**. The paper takes one Euler step in a narrow one; this project's own schedule,
-# `two_phase`, takes two Heun steps in a wide one. (A student draws its hops from 0 to δ, so its error is smaller than
-# that of the longest hops. The order is the same.)
+# short enough for the bends of the paths.* Two Heun steps in a window of ½ err about as much as one Euler step in a
+# window of ⅛, and what is known at t = 0 moves up four times as far with every refit. In narrower windows they are far
+# ahead. So a better step buys a **wide window**. The paper takes one Euler step in a narrow one; this project's own
+# schedule, `two_phase`, takes two Heun steps in a wide one. (A student draws its hops from 0 to δ, so its error is
+# smaller than that of the longest hops. The order is the same.)
 
 # %% [markdown]
-# ## Three students
+# ## Four students
 #
-# Does a trained student follow? The teacher is the exact velocity, and each student has as many updates of consistency
-# alone. It starts from a short regression on the teacher.
+# Does a trained student follow? The teacher is the exact velocity. All four students start from a short regression on
+# it, and have the same number of updates, with consistency alone.
 
 # %%
 batch = toy_2d.batches(mixture)
@@ -268,7 +268,8 @@ assert best < errors["euler", 0.5] / 1.5
 # steps the wide window is the best.*
 #
 # **The answer.** Half of the way from noise to data at once, in two Heun steps. A narrow window is exact and slow, and
-# a wide one needs a better step. In the [report](../experiments/README.md) the same question is asked at equal cost.
+# a wide one needs a better step. (The same number of updates is not the same cost: two Heun steps take four passes of
+# the teacher, and one Euler step takes one. The [report](../experiments/README.md) compares at equal cost.)
 
 # %% [markdown]
 # ## What to try next
