@@ -2,8 +2,8 @@
 
     python -m experiments.relatives                       all methods, four data sets, three seeds
     python -m experiments.relatives --methods MeanFlow shortcut --datasets spirals --shares 0.5 1
-    python -m experiments.relatives --tune --seeds 100 --shares 0.25 --out results/relatives-tuning
     python -m experiments.relatives --costs               what an update of each loss takes on this machine
+    python -m experiments.relatives --tune --seeds 100 --shares 1 --datasets 8gaussians checkerboard --out results/tuned
 
 Every method trains the same perceptron with the same loop, in the time of the default run of toy_2d.py. From this
 time it also pays for its teacher and its pairs. Time is counted in updates of flow matching (see `COST`), so that
@@ -31,7 +31,8 @@ from scflow import interpolate, predict_x0, pseudo_huber, require, squared
 
 # ═══ 1. The losses ════════════════════════════════════════════════════════════════════════
 # loss(lab, x0, x1, t) for pairs x₀, x₁ (B,2) and times t (B,). `lab` has .net, which is trained; .average, its fast
-# average, asked where no gradient should go; .teacher; and .generator.
+# average, asked where no gradient should go; .teacher; .critic and .opt_critic, if the loss trains one; .generator;
+# and .progress, the share of the updates that is done.
 #
 # What does the network say? A velocity v(x,t); or where the path ends, f(x,t) = x − t·v(x,t); or a jump from t to s,
 # X(x,t,s) = x − (t−s)·u(x,t,s), where u is the average velocity in between.
@@ -64,11 +65,11 @@ def earlier(lab, t, window):
 
 
 def consistency_distillation(lab, x0, x1, t, window):
-    """Consistency distillation (Song et al., 2023): from two points of a teacher's path, the same end."""
+    """Consistency distillation (Song et al., 2023): from two points of a teacher's path, a Heun step apart, one end."""
     s = earlier(lab, t, window)
     xt = interpolate(x0, x1, t)
     with torch.no_grad():  # a target is a constant, here and below
-        xs = scflow.follow(lab.teacher, xt, t, s)
+        xs = scflow.follow(lab.teacher, xt, t, s, "heun")
         target = predict_x0(lab.average, xs, s)
     return pseudo_huber(predict_x0(lab.net, xt, t), target)
 
@@ -199,46 +200,124 @@ def flow_map_matching(lab, x0, x1, t, diagonal):
     return lagrangian_residual(lab.net, lab.teacher, xt, t, s).square().mean()
 
 
-def mean_flow_target(u, v, x, t, s):
-    """u(x,t,s), and what it should be: v − (t−s)·du/dt along the path, since d/dt [(t−s)·u] = v."""
+def lagrangian_self_distillation(lab, x0, x1, t, diagonal):
+    """Lagrangian self-distillation (Boffi et al., 2025): the same without a teacher. u(x,t,t) is learned beside it."""
+    s = t * scflow.rand_times(t, lab.generator)
+    n = round(diagonal * len(t))
+    xt = interpolate(x0, x1, t)
+    v = lab.net(xt[:n], t[:n], t[:n])
+    flow = scflow.flow_matching_loss(v, x0[:n], x1[:n])
+
+    def own_velocity(x, s):
+        with torch.no_grad():  # the target is a constant
+            return lab.net(x, s, s)
+
+    residual = lagrangian_residual(lab.net, own_velocity, xt[n:], t[n:], s[n:])
+    return flow + residual.square().mean()
+
+
+def average_and_rate(u, velocity, x, t, s):
+    """u(x,t,s) and du/dt, both (B,2), where x moves with a velocity (B,2) and s stays."""
 
     def average(x, t):
         return u(x, t, s)
 
-    u_t, rate = jvp(average, (x, t), (v, torch.ones_like(t)))
-    return u_t, v - (t - s)[:, None] * rate
+    return jvp(average, (x, t), (velocity, torch.ones_like(t)))
 
 
-def mean_flow(lab, x0, x1, t, jumping, power):
-    """MeanFlow (Geng et al., 2025): the start of a jump slides along the path. Other rows have s = t."""
+def jump_ends(lab, t, jumping):
+    """s below t in a share `jumping` of the rows; in the others s = t, where u is the velocity."""
     s = t * scflow.rand_times(t, lab.generator)
     n = round(jumping * len(t))
     s[n:] = t[n:]
-    xt = interpolate(x0, x1, t)
-    u, target = mean_flow_target(lab.net, x1 - x0, xt, t, s)
+    return s
+
+
+def sliding_loss(u, rate, v, t, s, power):
+    """‖u − (v − (t−s)·du/dt)‖², since d/dt [(t−s)·u] = v. Each row is divided by its value to the `power`."""
+    target = v - (t - s)[:, None] * rate
     error = (u - target.detach()).square().sum(1)
     weight = (error.detach() + 1e-3) ** -power  # large errors count less
     return (weight * error).mean()
 
 
+def mean_flow(lab, x0, x1, t, jumping, power):
+    """MeanFlow (Geng et al., 2025): the start of a jump slides along the line of the pair."""
+    s = jump_ends(lab, t, jumping)
+    xt = interpolate(x0, x1, t)
+    v = x1 - x0
+    u, rate = average_and_rate(lab.net, v, xt, t, s)
+    return sliding_loss(u, rate, v, t, s, power)
+
+
+def improved_mean_flow(lab, x0, x1, t, jumping, power):
+    """Improved MeanFlow (Geng et al., 2025): it slides with the network's own velocity, whose mean over pairs it is."""
+    s = jump_ends(lab, t, jumping)
+    xt = interpolate(x0, x1, t)
+    with torch.no_grad():
+        own = lab.net(xt, t, t)
+    u, rate = average_and_rate(lab.net, own, xt, t, s)
+    return sliding_loss(u, rate, x1 - x0, t, s, power)
+
+
+def align_your_flow(lab, x0, x1, t, jumping, power):
+    """Align Your Flow (Sabour et al., 2025), the Eulerian form: it slides along a teacher's path."""
+    s = jump_ends(lab, t, jumping)
+    xt = interpolate(x0, x1, t)
+    with torch.no_grad():
+        v = lab.teacher(xt, t)
+    u, rate = average_and_rate(lab.net, v, xt, t, s)
+    return sliding_loss(u, rate, v, t, s, power)
+
+
+def adversarial_flow(lab, x0, x1, t, transport, r1):
+    """Adversarial flow (Lin et al., 2025): one step, judged by a critic; and not far from the noise, at first.
+
+    The critic is trained here, too.
+    """
+    x0_hat = predict_x0(lab.net, x1, torch.ones_like(t))
+    real = lab.critic(x0)
+    fake = lab.critic(x0_hat.detach())
+    verdict = scflow.critic_loss(real, fake, "softplus") + r1 * scflow.r1_penalty(lab.critic, x0)
+    lab.opt_critic.zero_grad()
+    verdict.backward()
+    lab.opt_critic.step()
+
+    weight = transport * (1 - lab.progress)
+    return scflow.adversarial_loss(lab.critic(x0_hat), "softplus") + weight * squared(x0_hat, x1)
+
+
 # ═══ 2. The time, and the loop ════════════════════════════════════════════════════════════
+
+OF_TWO_TIMES = (
+    shortcut,
+    flow_map_matching,
+    lagrangian_self_distillation,
+    align_your_flow,
+    mean_flow,
+    improved_mean_flow,
+)
 
 # What one update takes, in updates of flow matching. `--costs` measures it again.
 COST = {
     "flow_matching": 1.0,
     "contrastive": 1.05,
     "paired_regression": 1.0,
-    "consistency_distillation": 1.6,
-    "consistency_training": 1.4,
-    "generated_pairs": 1.55,
+    "consistency_distillation": 1.85,
+    "consistency_training": 1.35,
+    "generated_pairs": 1.5,
     "velocity_consistency": 1.4,
     "boot": 2.5,
-    "shortcut": 1.55,
-    "flow_map_matching": 3.5,
-    "mean_flow": 2.6,
-    "phase_1": 1.55,
-    "phase_2": 2.15,
-    "paper": 4.6,
+    "shortcut": 1.45,
+    "flow_map_matching": 3.6,
+    "lagrangian_self_distillation": 2.9,
+    "align_your_flow": 2.75,
+    "mean_flow": 2.55,
+    "improved_mean_flow": 2.7,
+    "adversarial_flow": 2.8,
+    "phase_1": 1.65,
+    "phase_2": 2.25,
+    "paper": 4.8,
     "thousand_samples": 0.5,  # one evaluation each, without gradient
 }
 ROWS = 512  # of an update, but for the phases of scflow
@@ -258,6 +337,7 @@ class Lab:
         self.share = share
         self.left = share * BUDGET
         self.updates = 0
+        self.progress = 0.0
         self.teacher = None
 
     def draw(self, n):
@@ -282,6 +362,7 @@ class Lab:
             x0, x1 = draw(ROWS)
             t = scflow.rand_times(x0, self.generator)
             t[: round(pinned * ROWS)] = 1
+            self.progress = i / updates
             value = loss(self, x0, x1, t, **options)
             if not value.isfinite():
                 raise FloatingPointError(f"the loss became {value.item()} in update {i + 1}")
@@ -308,6 +389,11 @@ class Lab:
             self.updates = run.step
         self.teacher = scflow.clone(run.ema)
         self.left -= self.updates
+
+    def use_critic(self, lr):
+        """Give the lab a critic, for losses that train one."""
+        self.critic = scflow.PointCritic()
+        self.opt_critic = scflow.adamw(self.critic, lr, betas=(0.5, 0.99))
 
     def from_teacher(self):
         """A network that starts as the teacher."""
@@ -370,8 +456,8 @@ def booted(net, noise, steps):
 
 
 # ═══ 4. The methods: lab → sampler (noise, steps) ═════════════════════════════════════════
-# The settings are the best of TRIALS: on eight Gaussians and the checkerboard, in a quarter of the time, seed 100, by
-# the mean over all numbers of steps (results/relatives-tuning.md).
+# The settings are the best of TRIALS: on eight Gaussians and the checkerboard, in the whole time, seed 100, by the mean
+# over all numbers of steps (results/tuned.md).
 
 
 def plain(lab, lr=8e-3):
@@ -384,17 +470,17 @@ def contrasted(lab, weight=0.1, lr=2e-3):
     return partial(scflow.sample, net)
 
 
-def rectified(lab, pinned=0.5, steps=10, lr=4e-3):
+def rectified(lab, pinned=0.5, lr=4e-3):
     """2-rectified flow (Liu et al., 2023): flow matching again, on a teacher's pairs, whose lines hardly cross."""
     lab.fit_teacher()
-    draw = lab.pairs(50_000, steps)
+    draw = lab.pairs(50_000, 10)
     net = lab.fit(lab.from_teacher(), flow_matching, lr, draw=draw, pinned=pinned)
     return partial(scflow.sample, net)
 
 
-def regressed(lab, count=50_000, steps=20, lr=8e-3):
+def regressed(lab, steps=20, lr=8e-3):
     lab.fit_teacher()
-    draw = lab.pairs(count, steps)
+    draw = lab.pairs(50_000, steps)
     net = lab.fit(lab.from_teacher(), paired_regression, lr, draw=draw)
     return partial(scflow.sample, net)
 
@@ -420,9 +506,9 @@ def consistent_velocity(lab, window=0.1, weight=0.1, lr=4e-3):
     return partial(scflow.sample, net)
 
 
-def bootstrapped(lab, window=0.1, weight=0.3, lr=4e-3):
+def bootstrapped(lab, window=0.1, lr=4e-3):
     lab.fit_teacher()
-    net = lab.fit(scflow.MLP(), boot, lr, window=window, weight=weight)
+    net = lab.fit(scflow.MLP(), boot, lr, window=window, weight=0.3)
     return partial(booted, net)
 
 
@@ -437,9 +523,39 @@ def mapped(lab, diagonal=0.25, lr=8e-3):
     return partial(jumped, net)
 
 
+def mapped_alone(lab, diagonal=0.5, lr=4e-3):
+    net = lab.fit(TwoTimes(), lagrangian_self_distillation, lr, diagonal=diagonal)
+    return partial(jumped, net)
+
+
+def aligned(lab, jumping=0.75, power=0.0, lr=4e-3):
+    lab.fit_teacher()
+    net = lab.fit(TwoTimes(), align_your_flow, lr, jumping=jumping, power=power)
+    return partial(jumped, net)
+
+
 def averaged(lab, jumping=0.75, power=0.0, lr=4e-3):
     net = lab.fit(TwoTimes(), mean_flow, lr, jumping=jumping, power=power)
     return partial(jumped, net)
+
+
+def averaged_anew(lab, jumping=0.75, power=0.0, lr=4e-3):
+    net = lab.fit(TwoTimes(), improved_mean_flow, lr, jumping=jumping, power=power)
+    return partial(jumped, net)
+
+
+def averaged_on_pairs(lab, jumping=0.75, power=0.0, lr=4e-3):
+    """Re-MeanFlow (Zhang et al., 2025): MeanFlow on a teacher's pairs, whose lines hardly cross."""
+    lab.fit_teacher()
+    draw = lab.pairs(50_000, 10)
+    net = lab.fit(TwoTimes(), mean_flow, lr, draw=draw, jumping=jumping, power=power)
+    return partial(jumped, net)
+
+
+def adversarial(lab, transport=0.1, r1=0.1, lr=2e-3):
+    lab.use_critic(lr)
+    net = lab.fit(scflow.MLP(), adversarial_flow, lr, transport=transport, r1=r1)
+    return partial(scflow.sample, net)
 
 
 def jointly(lab, weight=0.3, tau=0.4, lr=8e-3):
@@ -449,16 +565,10 @@ def jointly(lab, weight=0.3, tau=0.4, lr=8e-3):
 
 
 def ours(lab, window=0.5, lr=1.6e-2, pinned=0.75):
-    """This project's schedule, with settings found in as few trials as those of the others."""
+    """This project's schedule."""
     first = replace(FIRST, delta=window, lr=lr)
     last = replace(LAST, pinned=pinned)
     net = lab.distill({"phase_1": first, "phase_2": last})
-    return partial(scflow.sample, net)
-
-
-def default(lab):
-    """This project's schedule as it stands in scflow.py. It was found in more and longer trials."""
-    net = lab.distill({"phase_1": FIRST, "phase_2": LAST})
     return partial(scflow.sample, net)
 
 
@@ -475,29 +585,38 @@ METHODS = {
     "BOOT": bootstrapped,
     "shortcut": halved,
     "flow map matching": mapped,
+    "Lagrangian self-distillation": mapped_alone,
+    "Align Your Flow": aligned,
     "MeanFlow": averaged,
+    "improved MeanFlow": averaged_anew,
+    "Re-MeanFlow": averaged_on_pairs,
+    "adversarial flow": adversarial,
     "self-corrected, jointly": jointly,
     OURS: ours,
-    "two_phase, the default": default,
 }
-ONE_STEP = ("paired regression", "BOOT")  # the others are measured in 1, 2, 4 and 8 steps
+ONE_STEP = ("paired regression", "BOOT", "adversarial flow")  # the others are measured in 1, 2, 4 and 8 steps
 
 # What `--tune` tries: at most twelve settings of each method.
 TRIALS = {
     "flow matching": {"lr": (2e-3, 4e-3, 8e-3)},
-    "contrastive flow matching": {"weight": (0.02, 0.05, 0.1), "lr": (2e-3, 4e-3, 8e-3)},
-    "2-rectified flow": {"pinned": (0.1, 0.25, 0.5), "steps": (10, 20), "lr": (2e-3, 4e-3)},
-    "paired regression": {"count": (50_000, 100_000), "steps": (10, 20), "lr": (2e-3, 4e-3, 8e-3)},
-    "consistency distillation": {"window": (0.02, 0.05, 0.1, 0.2), "lr": (2e-3, 4e-3, 8e-3)},
-    "consistency training": {"window": (0.02, 0.05, 0.1, 0.2), "lr": (2e-3, 4e-3, 8e-3)},
-    "generated pairs": {"window": (0.02, 0.05, 0.1), "own": (0.25, 0.5), "lr": (2e-3, 4e-3)},
-    "Consistency-FM": {"window": (0.02, 0.05, 0.1), "weight": (0.01, 0.1), "lr": (2e-3, 4e-3)},
-    "BOOT": {"window": (0.05, 0.1, 0.2), "weight": (0.3, 1.0), "lr": (2e-3, 4e-3)},
-    "shortcut": {"jumping": (0.125, 0.25, 0.5), "halvings": (4, 6), "lr": (2e-3, 4e-3)},
-    "flow map matching": {"diagonal": (0.1, 0.25, 0.5, 0.75), "lr": (2e-3, 4e-3, 8e-3)},
-    "MeanFlow": {"jumping": (0.25, 0.5, 0.75), "power": (0.0, 0.5), "lr": (2e-3, 4e-3)},
-    "self-corrected, jointly": {"weight": (0.1, 0.3, 1.0), "tau": (0.0, 0.4), "lr": (4e-3, 8e-3)},
-    OURS: {"window": (0.2, 0.5, 1.0), "lr": (8e-3, 1.6e-2), "pinned": (0.5, 0.75)},
+    "contrastive flow matching": {"weight": (0.1, 0.2), "lr": (2e-3, 4e-3, 8e-3)},
+    "2-rectified flow": {"pinned": (0.25, 0.5, 0.75), "lr": (4e-3, 8e-3, 1.6e-2)},
+    "paired regression": {"steps": (10, 20), "lr": (4e-3, 8e-3, 1.6e-2)},
+    "consistency distillation": {"window": (0.05, 0.1, 0.2), "lr": (2e-3, 4e-3, 8e-3)},
+    "consistency training": {"window": (0.05, 0.1, 0.2), "lr": (4e-3, 8e-3, 1.6e-2)},
+    "generated pairs": {"window": (0.05, 0.1), "own": (0.25, 0.5), "lr": (4e-3, 8e-3)},
+    "Consistency-FM": {"window": (0.05, 0.1), "weight": (0.01, 0.1), "lr": (4e-3, 8e-3)},
+    "BOOT": {"window": (0.05, 0.1, 0.2), "lr": (4e-3, 8e-3)},
+    "shortcut": {"jumping": (0.25, 0.5), "halvings": (4, 6), "lr": (4e-3, 8e-3)},
+    "flow map matching": {"diagonal": (0.25, 0.5), "lr": (4e-3, 8e-3, 1.6e-2)},
+    "Lagrangian self-distillation": {"diagonal": (0.25, 0.5, 0.75), "lr": (4e-3, 8e-3)},
+    "Align Your Flow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
+    "MeanFlow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
+    "improved MeanFlow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
+    "Re-MeanFlow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
+    "adversarial flow": {"transport": (0.1, 1.0), "r1": (0.1, 1.0), "lr": (1e-3, 2e-3, 4e-3)},
+    "self-corrected, jointly": {"weight": (0.3, 1.0), "tau": (0.0, 0.4), "lr": (4e-3, 8e-3)},
+    OURS: {"window": (0.5, 1.0), "lr": (8e-3, 1.6e-2, 3.2e-2), "pinned": (0.5, 0.75)},
 }
 
 
@@ -566,14 +685,19 @@ def training_loops() -> dict:
         boot: {"window": 0.1, "weight": 1.0},
         shortcut: {"jumping": 0.5, "halvings": 6},
         flow_map_matching: {"diagonal": 0.25},
+        lagrangian_self_distillation: {"diagonal": 0.5},
+        align_your_flow: {"jumping": 0.75, "power": 0.0},
         mean_flow: {"jumping": 0.75, "power": 0.0},
+        improved_mean_flow: {"jumping": 0.75, "power": 0.0},
+        adversarial_flow: {"transport": 0.1, "r1": 0.1},
     }
     teacher = scflow.MLP().requires_grad_(False)
     loops = {}
     for loss, options in losses.items():
         lab = Lab("8gaussians")
         lab.teacher = teacher
-        net = TwoTimes() if loss in (shortcut, flow_map_matching, mean_flow) else scflow.MLP()
+        lab.use_critic(4e-3)
+        net = TwoTimes() if loss in OF_TWO_TIMES else scflow.MLP()
         loops[loss.__name__] = lab.train(net, loss, 10**6, 4e-3, **options)
     last = replace(LAST, self_source="ema")  # costs the same as "frozen", which no first phase may have
     for name, phase in {"phase_1": FIRST, "phase_2": last, "paper": PAPER}.items():
