@@ -381,7 +381,7 @@ def photographs_command(argv: list[str]) -> None:
     toy_2d.write_csv(f"{settings.out}.csv", results)
     about = common.about_runs(settings, results)
     lines = [ABOUT_PHOTOGRAPHS, f"{settings.updates} updates of each student.", about, "", *table(results, scale=1)]
-    common.write_report(settings.out, "experiments.dimension photographs", argv, lines)
+    common.write_report(settings.out, "experiments.dimension", ["photographs", *argv], lines)
 
 
 def main(argv=None) -> int:

@@ -14,7 +14,7 @@
 # # 8. Growth
 #
 # **Question.** More modes, more dimensions, a wider network, a larger batch: what happens to the errors, and to the
-# seconds?
+# operations?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/08_growth.ipynb)
 #
@@ -92,8 +92,8 @@ check()  # none: what counts is the deviation along the line to the other middle
 # ## One number at a time
 #
 # `experiments/growth.py` trains the teacher and the student of `toy_2d.py` with one number changed. (With the rows of
-# the teacher's batch those of the student change as well.) The time of an update is the median of what the processor
-# spent on it.
+# the teacher's batch those of the student change as well.) TFLOP are the operations of the whole training: an update of
+# each stage is counted, and multiplied.
 
 # %%
 for axis, values in growth.AXES.items():
@@ -119,9 +119,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# *What to see.* Dimensions cost quality rather than time. The same network needs longer for a longer vector: after as
-# many updates the teacher is further from the truth, and the student further than its teacher. Half the rows take less
-# time, and end further from the truth. `results/growth.md` has the other columns.
+# *What to see.* Dimensions cost quality rather than operations. The same network needs longer for a longer vector:
+# after as many updates the teacher is further from the truth, and the student further than its teacher. Half the rows
+# take half the operations, and end further from the truth. `results/growth.md` has the other columns.
 
 # %%
 by_dimension = growth.along("d", results)
@@ -129,18 +129,17 @@ for key in ("teacher 50", "student 1"):
     plane, eight, many = (runs[0][key] for runs in by_dimension.values())
     assert plane < eight < many
 half, full = (runs[0] for runs in growth.along("rows", results).values())
-assert half["seconds"] < full["seconds"]
+assert half["operations"] < 0.6 * full["operations"]
 assert half["student 1"] > full["student 1"]
 
 # %%
 (plane,), (_,), (many,) = by_dimension.values()
-for key in ("teacher 50", "student 1", "seconds"):
-    scale = 1 if key == "seconds" else 1e3
-    print(f"from 2 to 32 dimensions: {key} from {scale * plane[key]:.1f} to {scale * many[key]:.1f}")
+for key, scale in {"teacher 50": 1e3, "student 1": 1e3, "operations": 1e-12}.items():
+    print(f"from 2 to 32 dimensions: {key} from {scale * plane[key]:.2f} to {scale * many[key]:.2f}")
 
 # %% [markdown]
-# **The answer.** With as many updates, the errors grow with the dimensions, and the seconds hardly. The student's error
-# is mostly not its teacher's: it grows faster. Half the rows save time and cost quality.
+# **The answer.** With as many updates, the errors grow with the dimensions, and the operations by less than half. The
+# student's error is mostly not its teacher's: it grows faster. Half the rows save operations and cost quality.
 
 # %% [markdown]
 # ## What to try next
