@@ -53,17 +53,22 @@ def of_label(mixture: GaussianMixture, label: int) -> GaussianMixture:
 
 
 def tilted(mixture: GaussianMixture, label: int, scale: float, n: int, generator=None) -> Tensor:
-    """n points (n,2) of the density p₀(x)^(1−w)·p₀(x|c)^w, w = `scale`, drawn from a fine grid."""
+    """n points (n,2) of the density p₀(x)^(1−w)·p₀(x|c)^w, w = `scale`."""
+    return of_powers(mixture, {0: 1 - scale, label: scale}, n, generator)
+
+
+def of_powers(mixture: GaussianMixture, powers: dict[int, float], n: int, generator=None) -> Tensor:
+    """n points (n,2) of the density Π p₀(x|label)^power, drawn from a fine grid; label 0 is the whole mixture."""
     cells = 300  # in each direction
     reach = 4.0
     width = 2 * reach / cells
     side = (torch.arange(cells) + 0.5) * width - reach
     grid = torch.cartesian_prod(side, side)  # (cells²,2)
     zero = torch.zeros(len(grid))
-    cond = torch.full((len(grid), 1), label)
-    free = mixture.log_density(grid, zero)
-    conditional = mixture.log_density(grid, zero, cond)
-    log = (1 - scale) * free + scale * conditional
+    log = zero
+    for label, power in powers.items():
+        cond = torch.full((len(grid), 1), label)
+        log = log + power * mixture.log_density(grid, zero, cond)
     cumulated = (log - log.max()).double().exp().cumsum(0)
     height = cumulated[-1] * torch.rand(n, generator=generator, dtype=torch.float64)
     cell = torch.searchsorted(cumulated, height).clamp(max=len(grid) - 1)

@@ -35,6 +35,7 @@ from experiments import (
     ablation,
     captions,
     common,
+    correctors,
     dimension,
     front,
     growth,
@@ -1023,6 +1024,56 @@ def test_the_plan_names_every_run(here, monkeypatch):
     assert {row["PFLOP"] for row in rows} == {"43.4"}
 
 
+# ═══ correctors.py ══════════════════════════════════════════════════════════════════════════
+
+
+def two_gaussians(x, t, cond):
+    """The velocities of N(−1,0.6²·I), label 1, and N(1,0.6²·I), label 2."""
+    left = toy_2d.GaussianMixture([[-1.0, 0.0]], 0.6)
+    right = toy_2d.GaussianMixture([[1.0, 0.0]], 0.6)
+    return torch.where(cond == 1, left(x, t), right(x, t))
+
+
+@pytest.mark.parametrize(
+    "powers, mean, std",
+    [
+        ({1: 1.0}, -1.0, 0.6),
+        ({1: 0.5, 2: 0.5}, 0.0, 0.6),
+        ({1: -1.0, 2: 2.0}, 3.0, 0.6),
+        ({1: 1.0, 2: 1.0}, 0.0, 0.6 / 2**0.5),
+        ({1: 2.0}, -1.0, 0.6 / 2**0.5),
+    ],
+)
+def test_weighted_particles_sample_powers_and_products(powers, mean, std):
+    """Of Gaussians, where they are Gaussians again (0.05: noise, 100 steps).
+
+    Gaussians of one width need no weights, if the powers sum to one: there the flow alone is right.
+    """
+    x, share = correctors.corrected(two_gaussians, powers, 8000, 100, gen())
+    assert (x.mean(0) - torch.tensor([mean, 0.0])).abs().max() < 0.05
+    assert (x.std(0) - std).abs().max() < 0.05
+    assert (share == pytest.approx(1, abs=1e-3)) == (sum(powers.values()) == 1)
+
+
+def test_resampling_copies_by_weight():
+    """Particles of weight k/n appear k times, and others as often as is left, up to one."""
+    weight = torch.tensor([0.5, 0.25, 0.0, 0.25])
+    assert correctors.resampled(weight, gen()).tolist() == [0, 0, 1, 3]
+    counts = correctors.resampled(torch.rand(1000).softmax(0), gen()).bincount(minlength=1000)
+    assert counts.sum() == 1000 and counts.max() <= 2
+
+
+def test_correctors_are_measured(here):
+    """A row for each density and way; weights and noise together come nearer than the flow."""
+    assert run(correctors, "--seeds", 0, "--counts", 10, 100, "--samples", 600, "--out", "seen") == 0
+    rows = tables(read("seen.md"))
+    assert [row["way"] for row in rows] == [*correctors.WAYS] * len(correctors.CASES)
+    flow = rows[0]["100 steps"]
+    assert float(rows[3]["100 steps"]) < float(flow) / 10
+    assert f"{1000 * float(read_csv('seen.csv')[0]['the flow, 100']):.2f}" == flow
+    assert is_drawn("seen.png")
+
+
 # ═══ captions.py ════════════════════════════════════════════════════════════════════════════
 
 
@@ -1343,7 +1394,19 @@ README = read(HOUSE / "README.md")
 FRONT = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
 DOCUMENTS = [*FRONT, HOUSE / "experiments/README.md"]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-EXPERIMENTS = (ablation, captions, dimension, front, growth, guidance, relatives, speed, tell_apart, windows)
+EXPERIMENTS = (
+    ablation,
+    captions,
+    correctors,
+    dimension,
+    front,
+    growth,
+    guidance,
+    relatives,
+    speed,
+    tell_apart,
+    windows,
+)
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
 PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
 FIRST_STEPS = {  # where each program begins with its first run
