@@ -616,7 +616,6 @@ class Encode(Folder):
     size: int = 128  # side of the square pictures: cut out of the centre, resized
     channels: int = 32  # principal components of a patch of 8×8 pixels (pca only)
     flips: bool = False  # encode the mirror image of every picture too
-    labels: str = ""  # attributes of the pictures, a text file like CelebA's list_attr_celeba.txt
     batch: int = 64  # pictures encoded at a time
     out: str = "latents"  # latents folder
 
@@ -675,30 +674,6 @@ class Pictures:
             return list(pool.map(partial(self.read, size=size), names))
 
 
-def read_labels(path: str) -> tuple[list[str], dict[str, list[int]]]:
-    """The names of the attributes and {file name: tokens}, 1 for no and 2 for yes, of a list in CelebA's format.
-
-    It has the number of pictures in its first line, the names in its second, and then a file name and a −1 or 1 for
-    each name. Raises ValueError, with the line, where it has not.
-    """
-    with reading(path, "list of labels"):
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    begins = len(lines) > 2 and lines[0].strip().isdecimal() and lines[1].split()
-    require(begins, f"{path} does not begin with a number and a line of names")
-    names = lines[1].split()
-    tokens = {"-1": 1, "1": 2}
-    labels = {}
-    for i, line in enumerate(lines[2:], 3):
-        if not line.strip():
-            continue
-        file, *values = line.split()
-        require(len(values) == len(names), f"{path}, line {i}: {len(values)} values for {len(names)} names")
-        require(all(v in tokens for v in values), f"{path}, line {i}: a label is -1 or 1, and nothing else")
-        labels[file] = [tokens[v] for v in values]
-    require(len(labels) == int(lines[0]), f"{path} announces {int(lines[0])} pictures, and lists {len(labels)}")
-    return names, labels
-
-
 def encode_command(argv: list[str]) -> None:
     """Turn pictures into a latents folder."""
     (given,) = cli(argv, encode_command.__doc__, Encode())
@@ -707,16 +682,10 @@ def encode_command(argv: list[str]) -> None:
     net = autoencoder(asked.autoencoder, asked.size, asked.channels)
     names = "\n".join(pictures.names).encode(errors="surrogateescape")
     config = {"pictures": hashlib.sha256(names).hexdigest()[:16]}
-    for name in ("images", "autoencoder", "size", "channels", "flips", "labels"):
+    for name in ("images", "autoencoder", "size", "channels", "flips"):
         config[name] = getattr(asked, name)
-    labels = None
-    if asked.labels:
-        labels = read_labels(asked.labels)
-        _, tokens = labels
-        for name in pictures.names:
-            require(Path(name).name in tokens, f"{asked.labels} has no line for {name}")
     read = partial(pictures.read_all, size=asked.size)
-    meta = write_latents(net, pictures.names, read, asked, config, labels)
+    meta = write_latents(net, pictures.names, read, asked, config)
     count = len(meta["sources"])
     print(f"{asked.out}: {count} pictures as latents {tuple(meta['shape'])}, {len(meta['skipped'])} skipped")
     for name, reason in meta["skipped"]:
@@ -733,14 +702,11 @@ def arrays_of(meta: dict, count: int) -> dict[str, tuple]:
 
 
 @torch.no_grad()  # nothing is trained here
-def write_latents(
-    net: nn.Module, names: list[str], read: Callable, asked: Encode, config: dict, labels: tuple | None = None
-) -> dict:
+def write_latents(net: nn.Module, names: list[str], read: Callable, asked: Encode, config: dict) -> dict:
     """Encode pictures from where meta.pt ends; returns the content of the finished meta.pt.
 
     read    callable (names) → [uint8 (3,S,S), or the reason why there is none].
     config  goes into config.json.
-    labels  what `read_labels` returns, or None.
     Raises ValueError for too few good pictures, and for an autoencoder whose values are not finite or constant.
     """
     device = choose_device(asked.device)
@@ -766,7 +732,10 @@ def write_latents(
             make_arrays(folder, meta, len(names))
             arrays = read_arrays(folder, meta, "r+")
         fill_arrays(path, net, names, read, asked, meta, arrays)
-        finish(path, net, meta, arrays, labels)
+        latents = torch.from_numpy(arrays["latents"][: meta["copies"] * len(meta["sources"])])
+        meta["mean"], meta["std"] = channel_statistics(latents)
+        meta["complete"] = True
+        scflow.save(path, net, **meta)
     return meta
 
 
@@ -828,19 +797,6 @@ def fill_arrays(
                 scflow.save(path, net, **meta)
             if pressed.is_set():
                 raise Stopped
-
-
-def finish(path: Path, net: nn.Module, meta: dict, arrays: dict, labels: tuple | None) -> None:
-    """Add to meta.pt what is known at the end: the statistics and the labels."""
-    count = len(meta["sources"])
-    meta["mean"], meta["std"] = channel_statistics(torch.from_numpy(arrays["latents"][: meta["copies"] * count]))
-    meta["attributes"] = []
-    if labels:
-        meta["attributes"], tokens = labels
-        rows = [tokens[Path(name).name] for name in meta["sources"]]
-        meta["labels"] = torch.tensor(rows, dtype=torch.uint8)  # (N,L)
-    meta["complete"] = True
-    scflow.save(path, net, **meta)
 
 
 def encode_chunk(net: nn.Module, names: list[str], found: list, meta: dict, arrays: dict, device: str) -> None:
@@ -929,9 +885,6 @@ class Latents:
             self.meta = meta
             self.shape = tuple(meta["shape"])
             self.copies = meta["copies"]
-            self.attributes = meta["attributes"]
-            self.labels = meta.get("labels")  # (N,L)
-            self.tokens = (len(self.attributes), 2) if self.attributes else None
             self.arrays = read_arrays(Path(folder), meta)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         tenth = count // 10
@@ -946,26 +899,13 @@ class Latents:
         z = torch.from_numpy(self.arrays["latents"][rows.numpy()]).to(device).float()
         return (z - self.meta["mean"].to(device)) / self.meta["std"].to(device)
 
-    def cond(self, which: Tensor) -> Tensor | None:
-        """The attributes (N,L) of the pictures `which` (N,), or None."""
-        return self.labels[which].long() if self.attributes else None
-
     def batch(self, device: str) -> scflow.Batch:
         """`batch(n, generator)` over the training latents, which live on the device: no loader."""
         z = self.normalised(self.train, device, mirrored=True)
-        labels = self.cond(self.train)
-        if labels is not None:
-            labels = labels.to(device)
 
         def batch(n, generator):
             rows = torch.randint(len(z), (n,), generator=generator, device=device)
-            if labels is None:
-                return z[rows], None
-            # Each row knows a random share of its attributes: whoever samples may then name a few, and leave the rest.
-            share = torch.rand(n, 1, generator=generator, device=device)
-            cond = labels[rows // self.copies]  # (n,L)
-            known = torch.rand(cond.shape, generator=generator, device=device) < share
-            return z[rows], cond * known
+            return z[rows], None
 
         return batch
 
@@ -973,10 +913,6 @@ class Latents:
         """Raise ValueError unless these latents have the autoencoder and the statistics of a checkpoint."""
         same = codec_hash(self.meta) == codec_hash(content)
         require(same, f"{self.folder} was made by another autoencoder, or of other pictures, than {owner} learned from")
-
-    def require_attributes(self, names: list[str], owner: Path | str) -> None:
-        """Raise ValueError unless these latents have the attributes of a checkpoint."""
-        require(names == self.attributes, f"{self.folder} has other attributes than {owner} learned from")
 
     def originals(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """The `picture_features` of the original pictures."""
@@ -1114,48 +1050,21 @@ TEACHERS = {
 
 # The reference's settings for CelebA-HQ 256: 200 epochs of 27,000 pictures in batches of 32, on one GPU. Two things are
 # ours: the rate rises over 50 updates, and the critic's AdamW has the betas 0.5 and 0.99.
+# λ, δ, τ and the teacher's step are the defaults of Phase.
 PAPER = Phase(
     steps=168750,
     batch=32,
     lr=2e-5,
     lr_fall="none",
     lr_critic=1e-4,
-    lambda_adv=0.1,
-    lambda_self=0.1,
-    lambda_bi=0.1,
     warmup=1000,
-    delta=0.1,
-    walk="euler",
-    tau=0.4,
     adversarial="softplus",
     r1=1.0,
 )
-# This project's schedule, as in scflow.SCHEDULES: distil first, self-correct last, with a weak critic.
-FIRST = Phase(
-    steps=3600,
-    batch=32,
-    lr=1e-3,
-    lambda_adv=0.0,
-    lambda_self=0.0,
-    lambda_bi=0.0,
-    delta=0.2,
-    walk="heun-2",
-    tau=0.0,
-)
-LAST = Phase(
-    steps=1200,
-    batch=64,
-    lr=4e-4,
-    lr_critic=2e-4,
-    lambda_consistency=0.0,
-    lambda_adv=0.02,
-    lambda_self=1.0,
-    lambda_bi=0.0,
-    self_source="frozen",
-    self_form="velocity",
-    pinned=0.5,
-    judged=0.25,
-)
+# This project's schedule, with what pictures need.
+FIRST, LAST = scflow.SCHEDULES["two_phase"]
+FIRST = replace(FIRST, steps=3600, batch=32, lr=1e-3, delta=0.2)
+LAST = replace(LAST, steps=1200, batch=64, lr=4e-4, lr_critic=2e-4, lambda_adv=0.02, pinned=0.5)
 # The same for the demo's perceptron.
 DEMO = (
     replace(FIRST, steps=2800, batch=256, lr=2e-3, delta=0.5),
@@ -1200,11 +1109,6 @@ class Distill(Train):
     """What is distilled, and where it goes."""
 
     preset: Literal["two_phase", "large", "paper", "demo"] = "two_phase"  # schedule; large: ours for S and B
-    guidance: float = 1.0  # guidance scale of a teacher of labelled pictures; the student needs none
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(math.isfinite(self.guidance), f"guidance is a number, not {self.guidance}")
 
 
 def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
@@ -1254,11 +1158,10 @@ class RunFile:
     .rows   the log up to there
     """
 
-    def __init__(self, folder: Path, kind: str, asked: Train, device: str, start):
+    def __init__(self, folder: Path, kind: str, asked: Train, start: Callable):
         self.folder = folder
         self.kind = kind
         self.asked = asked
-        self.device = device
         self.start = start
         self.path = folder / f"{kind}.pt"
         self.state = None
@@ -1268,39 +1171,26 @@ class RunFile:
             self.state = content["state"]
             self.rows = content["log"]
 
-    def follow(self, loop: Iterator, total: int, batch: int | None = None, **extra) -> Iterator[scflow.Run]:
+    def follow(self, loop: Iterator, total: int, **extra) -> Iterator[scflow.Run]:
         """Pass on the states of a training loop, with a progress bar; save now and then, at the end, at Ctrl-C.
 
         Ctrl-C takes effect between two updates, so that what is saved is always whole.
 
-        batch  rows of an update; without it they are those of the student's phase.
         extra  goes into the checkpoint.
         """
         done = self.state["step"] if self.state else 0
-        images = 0  # since the clock was started
-        clock = time.perf_counter()
-        saved = clock
-        bar = tqdm(total=total, initial=done, desc=self.kind, disable=self.asked.quiet, mininterval=0.2)
-        with ctrl_c_waits() as pressed, bar:
-            for run in loop:
+        saved = time.perf_counter()
+        with ctrl_c_waits() as pressed:
+            for run in toy_2d.progress(loop, total, self.kind, self.asked.quiet, done):
                 if run.step == 1:
                     self.start()
-                images += batch or run.phase.batch
                 if run.step % 10 == 1:
-                    losses = run.losses  # waits for a GPU to finish
-                    speed = images / (time.perf_counter() - clock)
-                    self.note(run.step, losses, speed)
-                    bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
-                    images = 0
-                    clock = time.perf_counter()
-                bar.update()
-                pause = time.perf_counter()
+                    self.rows.append({"stage": self.kind, "step": run.step, **run.losses})
                 yield run
                 due = time.perf_counter() - saved >= 60 * self.asked.save_every
                 if pressed.is_set() or due or run.step == total:
                     self.save(run, extra)
                     saved = time.perf_counter()
-                clock += time.perf_counter() - pause  # drawing and saving are not training
                 if pressed.is_set():
                     raise Stopped
 
@@ -1309,13 +1199,6 @@ class RunFile:
         content = {"kind": self.kind, "state": run.state_dict(), "log": self.rows, **extra}
         scflow.save(self.path, run.ema, **content)
         write_csv(self.folder / "log.csv", self.rows)
-
-    def note(self, step: int, losses: dict[str, float], speed: float) -> None:
-        """Add a row to the log: the losses (unweighted), pictures per second, and memory on CUDA."""
-        row = {"stage": self.kind, "step": step, **losses, "images_per_s": round(speed, 1)}
-        if self.device.startswith("cuda"):
-            row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        self.rows.append(row)
 
 
 # ═══ 8. Teacher and student ═══════════════════════════════════════════════════════════════
@@ -1326,17 +1209,15 @@ def generate(
     noise: Tensor,
     steps: int,
     codec: Codec,
-    solver: str = "euler",
     batch: int = 250,
     cond: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Noise (N,C,h,w) → pictures uint8 (N,3,S,S) on the CPU, in batches on the codec's device."""
     pictures = []
     for i in range(0, len(noise), batch):
         x = noise[i : i + batch].to(codec.device)
         c = None if cond is None else cond[i : i + batch].to(codec.device)
-        z = scflow.sample(net, x, steps, solver, c, generator=generator)
+        z = scflow.sample(net, x, steps, cond=c)
         pictures.append(codec.decode(z))
     return torch.cat(pictures)
 
@@ -1361,18 +1242,14 @@ def draw_sheet(path: Path, columns: dict[str, Tensor]) -> None:
 
 
 def compare(path: Path, data: Latents, codec: Codec, networks: dict) -> None:
-    """A sheet of held-out pictures and of samples, {name: (net, numbers of steps)}, all of one noise.
-
-    Where there are attributes, those of the samples are those of the held-out pictures.
-    """
+    """A sheet of held-out pictures and of samples, {name: (net, numbers of steps)}, all of one noise."""
     shown = data.held_out[:8]
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(8, *data.shape, generator=generator)[: len(shown)]
-    cond = data.cond(shown)
     columns = {"held out": codec.decode(data.normalised(shown))}
     for name, (net, counts) in networks.items():
         for steps in counts:
-            columns[f"{name} {steps}"] = generate(net, noise, steps, codec, cond=cond)
+            columns[f"{name} {steps}"] = generate(net, noise, steps, codec)
     draw_sheet(path, columns)
 
 
@@ -1392,9 +1269,9 @@ def teach(asked: Teach, settings: TeacherSettings) -> None:
     codec = Codec(data.meta, device)
     torch.manual_seed(asked.seed)  # initial weights
     if asked.network == "demo":
-        net = scflow.MLP(data.shape, **PERCEPTRON, tokens=data.tokens)
+        net = scflow.MLP(data.shape, **PERCEPTRON)
     else:
-        net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.network], tokens=data.tokens)
+        net = scflow.DiT(data.shape, asked.patch, **SIZES[asked.network])
         net = start_from_normal(net, data.normalised(data.train, mirrored=True), "velocity")
     net = place(net, device, asked.precision)
     batch = data.batch(device)
@@ -1403,12 +1280,11 @@ def teach(asked: Teach, settings: TeacherSettings) -> None:
     if wants_compile(asked, device):
         compile_in_place(net)
     generator = torch.Generator(device).manual_seed(asked.seed)
-    kept = {"codec": codec.content, "attributes": data.attributes}
     with open_or_resume(asked, RUN, config) as folder:
         start = partial(start_folder, folder, RUN, config, RUN_FILES)
-        file = RunFile(folder, "teacher", asked, device, start)
+        file = RunFile(folder, "teacher", asked, start)
         loop = scflow.train_teacher(net, batch, generator, settings, resume=file.state)
-        for run in file.follow(loop, total, settings.teacher_batch, **kept):
+        for run in file.follow(loop, total, codec=codec.content):
             if run.step % asked.sheet_every == 0 or run.step == total:
                 compare(folder / "teacher.png", data, codec, {"teacher": (run.ema, (1, 50))})
     print(f"{folder}/teacher.pt and teacher.png; next: python celeba_latent.py distill --out {folder}")
@@ -1434,10 +1310,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     require(done == config["teacher_steps"], f"the teacher stopped at update {done}: finish it with teacher --resume")
     data = Latents(asked.latents or config["latents"])
     data.require_codec(past["codec"], path)
-    data.require_attributes(past["attributes"], path)
-    guidable = data.attributes or asked.guidance == 1
-    require(guidable, f"--guidance needs labels, and {data.folder} has none: encode with --labels")
-    plan = {"seed": asked.seed, "guidance": asked.guidance, "precision": asked.precision}
+    plan = {"seed": asked.seed, "precision": asked.precision}
     plan["schedule"] = [asdict(phase) for phase in schedule]
     TRUSTED.add(asked.trust_autoencoder)
     codec = Codec(past["codec"], device)
@@ -1448,36 +1321,31 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     torch.manual_seed(asked.seed)  # initial weights of the critic
     teacher = place(scflow.load(path), device, asked.precision)
     if isinstance(teacher, scflow.MLP):  # there are no places to convolve over
-        critic = scflow.PointCritic(math.prod(data.shape), 128, tokens=data.tokens)
+        critic = scflow.PointCritic(math.prod(data.shape), 128)
     else:
-        critic = scflow.LatentCritic(data.shape, tokens=data.tokens)
+        critic = scflow.LatentCritic(data.shape)
     student = teacher
     if asked.preset in ("two_phase", "large"):  # "paper" and "demo" start from the teacher
         student = start_from_normal(teacher, data.normalised(data.train, mirrored=True), "map")
         student = place(student, device, asked.precision)
     critic = place(critic, device, asked.precision)
-    velocity = teacher
-    if asked.guidance != 1:
-        velocity = scflow.guided(teacher, asked.guidance)
     generator = torch.Generator(device).manual_seed(asked.seed + 1)
     start = partial(toy_2d.clear_folder, folder, STUDENT_FILES)
-    file = RunFile(folder, "student", asked, device, start)
+    file = RunFile(folder, "student", asked, start)
     if file.state is None:
         file.rows = past["log"]
-    loop = scflow.distill(velocity, critic, batch, generator, schedule, student=student, resume=file.state)
-    kept = {"codec": codec.content, "attributes": data.attributes, "plan": plan}
+    loop = scflow.distill(teacher, critic, batch, generator, schedule, student=student, resume=file.state)
     compiled = not wants_compile(asked, device)
-    for run in file.follow(loop, total, **kept):
+    for run in file.follow(loop, total, codec=codec.content, plan=plan):
         if not compiled:  # after the first update, for only now are all networks there
             compiled = True
-            nets = [run.student, run.target, run.frozen]
-            nets.append(run.teacher if asked.guidance == 1 else teacher)
+            nets = [run.teacher, run.student, run.target, run.frozen]
             if all(phase.r1 == 0 for phase in schedule):  # a compiled graph has no second derivative
                 nets.append(critic)
             for net in nets:
                 compile_in_place(net)
         if run.step % asked.sheet_every == 0 or run.step == total:
-            columns = {"teacher": (velocity, (1, 50)), "student": (run.ema, (1, 2, 4))}
+            columns = {"teacher": (run.teacher, (1, 50)), "student": (run.ema, (1, 2, 4))}
             compare(folder / "student.png", data, codec, columns)
     print(f"{folder}/student.pt and student.png; next: python celeba_latent.py evaluate --out {folder}")
 
@@ -1490,7 +1358,7 @@ def require_no_other(student: Path, asked: Distill, plan: dict) -> None:
     if asked.resume:
         before = read_run(student, "student").get("plan")
         same = before == plan
-        words = "seed, guidance, precision or schedule"
+        words = "seed, precision or schedule"
         require(same, f"--resume with another {words} than {student} was started with")
 
 
@@ -1503,8 +1371,6 @@ class Sample(Device):
 
     out: str = "runs/faces"  # run folder (its student), or a weights file alone
     steps: tuple = (1,)  # solver steps, one file for each number
-    attributes: tuple = ("",)  # NAME=1 or NAME=0 each, of a run on labelled pictures; what is not named is open
-    solver: Literal["euler", "heun", "renoise"] = "euler"  # sampler
     count: int = 64  # pictures
     seed: int = 0  # seed of the noise
     file: str = "samples.png"  # grid .png or .jpg, or .npz of an array (N,S,S,3); -STEPS is added to the name
@@ -1529,12 +1395,8 @@ def sample_command(argv: list[str]) -> None:
     TRUSTED.add(asked.trust_autoencoder)
     net, codec = load_run(source, choose_device(asked.device))
     noise = torch.randn(asked.count, *net.shape, generator=torch.Generator().manual_seed(asked.seed))
-    cond = None
-    if any(asked.attributes):
-        cond = wanted(asked.attributes, net.attributes, asked.count)
     for steps in asked.steps:
-        fresh = torch.Generator(codec.device).manual_seed(10**6 + asked.seed)  # what re-noising adds
-        pictures = generate(net, noise, steps, codec, asked.solver, cond=cond, generator=fresh)
+        pictures = generate(net, noise, steps, codec)
         path = Path(asked.file)
         path = path.with_stem(f"{path.stem}-{steps}")
         with replacing(path) as temporary:
@@ -1542,8 +1404,7 @@ def sample_command(argv: list[str]) -> None:
                 np.savez_compressed(temporary, pictures=rearrange(pictures, "n c h w -> n h w c").numpy())
             else:
                 Image.fromarray(grid(pictures)).save(temporary, quality=90)  # of a .jpg
-        evaluations = toy_2d.plural(scflow.nfe(steps, asked.solver), "network evaluation")
-        print(f"{path}: {asked.count} pictures, {evaluations} each")
+        print(f"{path}: {asked.count} pictures of {toy_2d.plural(steps, 'Euler step')} each")
 
 
 def grid(pictures: Tensor) -> np.ndarray:
@@ -1555,25 +1416,12 @@ def grid(pictures: Tensor) -> np.ndarray:
     return rearrange(filled, "(r c) k h w -> (r h) (c w) k", c=columns).numpy()
 
 
-def wanted(given: tuple, names: list[str], n: int) -> Tensor:
-    """The condition (n,L) that NAME=1 and NAME=0 ask for, of the attributes `names` that a network knows."""
-    require(names, "this run knows no attributes: its pictures were encoded without --labels")
-    cond = torch.zeros(n, len(names), dtype=torch.int64)
-    for text in given:
-        name, _, value = text.partition("=")
-        require(name in names, f"no attribute {name!r}; there are {', '.join(names)}")
-        require(value in ("0", "1"), f"an attribute is {name}=1 or {name}=0, not {text!r}")
-        cond[:, names.index(name)] = 1 + int(value)
-    return cond
-
-
 def load_run(path: Path | str, device: str) -> tuple[nn.Module, Codec]:
-    """The network, with the names of its .attributes, and the codec of a checkpoint of this script."""
+    """The network and the codec of a checkpoint of this script."""
     with reading(path, "checkpoint of celeba_latent.py"):
         content = scflow.read(path)
         require("codec" in content, f"{path} holds no autoencoder: it is not a checkpoint of celeba_latent.py")
         net = place(scflow.load(path), device)
-        net.attributes = content.get("attributes", [])
         return net, Codec(content["codec"], device)
 
 
@@ -1610,7 +1458,6 @@ def evaluate(asked: Evaluate) -> None:
     student, codec = load_run(folder / "student.pt", device)
     data = Latents(asked.latents or toy_2d.read_config(folder, RUN, "latents")["latents"])
     data.require_codec(codec.content, folder)
-    data.require_attributes(student.attributes, folder)
     require(len(data.held_out) >= 200, f"{len(data.held_out)} held-out pictures are too few: encode 2,000 pictures")
     enough = len(data.train) >= n
     require(enough, f"--count {n} needs as many training pictures for the floor, and there are {len(data.train)}")
@@ -1626,24 +1473,17 @@ def evaluate(asked: Evaluate) -> None:
 
     count = max(n, FID_SAMPLES) if asked.fid else n
     noise = torch.randn(count, *data.shape, generator=generator)
-    cond = None
-    if data.attributes:  # asked for as often as they are found
-        drawn = torch.randint(len(data.train), (count,), generator=generator)
-        cond = data.cond(data.train[drawn])
     networks = {"teacher": (teacher, (1, 50)), "student": (student, (1, 2, 4, 8))}
-    scale = read_run(folder / "student.pt", "student")["plan"]["guidance"]
-    if scale != 1:
-        networks[f"teacher, guided at {scale:g}"] = (scflow.guided(teacher, scale), (50,))
 
     known = measure.spaces(*data.originals(data.train))["layout"]
     usual = neighbours(measure.reference["layout"], known)[0].median()
     for who, (net, counts) in networks.items():
-        one_step = generate(net, noise, 1, codec, cond=cond)
+        one_step = generate(net, noise, 1, codec)
         for steps in counts:
-            pictures = one_step if steps == 1 else generate(net, noise, steps, codec, cond=cond)
+            pictures = one_step if steps == 1 else generate(net, noise, steps, codec)
             features = features_of(pictures[:n], device)
             distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
-            row = {"who": who, "nfe": 2 * steps if "guided" in who else steps, **measure(*features)}
+            row = {"who": who, "nfe": steps, **measure(*features)}
             row["gap"] = pixel_gap(pictures[:n], one_step[:n])
             row["novelty"] = (distance.median() / usual).item()
             if asked.fid:

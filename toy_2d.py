@@ -630,9 +630,9 @@ def plural(n: int, word: str) -> str:
 # ═══ 6. A run: teacher, student, measures ═════════════════════════════════════════════════
 
 
-def progress(loop: Iterator, total: int, name: str, quiet: bool = False) -> Iterator:
-    """Pass on the states of a training loop, with a progress bar that shows the losses."""
-    with tqdm(total=total, desc=name, disable=quiet, mininterval=0.2) as bar:
+def progress(loop: Iterator, total: int, name: str, quiet: bool = False, done: int = 0) -> Iterator:
+    """Pass on the states of a training loop, with a progress bar that shows the losses; `done` updates are made."""
+    with tqdm(total=total, initial=done, desc=name, disable=quiet, mininterval=0.2) as bar:
         for state in loop:
             yield state
             bar.update()

@@ -720,8 +720,8 @@ def run_one(asked: Captions, folder: Path, seed: int) -> dict:
 
 def train_one(asked: Captions, folder: Path, seed: int, start) -> tuple:
     """The codec, the teacher and the student of one seed."""
-    teacher_file = RunFile(folder, "teacher", asked, asked.device, start)
-    student_file = RunFile(folder, "student", asked, asked.device, lambda: None)
+    teacher_file = RunFile(folder, "teacher", asked, start)
+    student_file = RunFile(folder, "student", asked, lambda: None)
     if teacher_file.state is None:
         content = codec_of()
     else:
@@ -735,7 +735,7 @@ def train_one(asked: Captions, folder: Path, seed: int, start) -> tuple:
     settings = TEACHERS[asked.preset]
     generator = torch.Generator(asked.device).manual_seed(seed)
     loop = scflow.train_teacher(net, batch, generator, settings, resume=teacher_file.state)
-    for _ in teacher_file.follow(loop, settings.teacher_steps, settings.teacher_batch, codec=content):
+    for _ in teacher_file.follow(loop, settings.teacher_steps, codec=content):
         pass
     teacher = scflow.load(teacher_file.path, device=asked.device)
 
