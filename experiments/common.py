@@ -292,10 +292,9 @@ class Results:
         header = ["row", "against", *(column.title for column in self.columns)]
         return [legend, "pairs it is lower; two-sided p of the signed ranks.", "", *markdown(header, lines)]
 
-    def draw(self, path, label=lambda n: toy_2d.plural(n, "evaluation"), families: dict | None = None) -> None:
+    def draw(self, path, families: dict | None = None) -> None:
         """The energy distance of each row on each data set: the median, and the range over seeds.
 
-        label     names a number of evaluations in the legend.
         families  {heading: its rows}; other rows stand above them.
         """
         plt = toy_2d.drawing()
@@ -310,7 +309,8 @@ class Results:
             ax.axvspan(0.05, max(noise, 0.05), color="#dddddd", lw=0, label="within the noise")
             for n, colour, marker in zip(self.counts, colours, "os^D"):
                 middle, reach = self.ranges(self.energy[n], dataset, rows)
-                ax.errorbar(middle, heights.values(), xerr=reach, fmt=marker, color=colour, label=label(n))
+                label = toy_2d.plural(n, "evaluation")
+                ax.errorbar(middle, heights.values(), xerr=reach, fmt=marker, color=colour, label=label)
             ax.set_xscale("log")
             ax.set_xticks([0.1, 1, 10, 100, 1000], ["0.1", "1", "10", "100", "1000"])
             ax.minorticks_off()

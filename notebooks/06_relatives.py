@@ -287,4 +287,4 @@ check()
 # - Give 2-rectified flow a critic: which of the two errors does it repair, the teacher's or its own?
 # - Start the second phase of `two_phase` from paired regression instead of consistency.
 # - Measure the error at the points in between (`toy_2d.path_error`): who keeps the teacher's map, and who gives it up?
-# - `python -m experiments.relatives --methods MeanFlow "two_phase (ours)" --datasets spirals --shares 0.5 1 2`
+# - `python -m experiments.relatives --methods MeanFlow "two_phase (ours)" --datasets spirals --share 2`
