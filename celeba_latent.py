@@ -1302,14 +1302,9 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     total = sum(phase.steps for phase in schedule)
     device = choose_device(asked.device)
     folder = Path(asked.out)
-    path = folder / "teacher.pt"
-    require(path.is_file(), f"no teacher in {folder}: run celeba_latent.py teacher --out {folder} first")
-    config = toy_2d.read_config(folder, RUN, "latents", "teacher_steps")
-    past = read_run(path, "teacher")
-    done = past["state"]["step"]
-    require(done == config["teacher_steps"], f"the teacher stopped at update {done}: finish it with teacher --resume")
-    data = Latents(asked.latents or config["latents"])
-    data.require_codec(past["codec"], path)
+    past, latents = trained_teacher(folder)
+    data = Latents(asked.latents or latents)
+    data.require_codec(past["codec"], folder)
     plan = {"seed": asked.seed, "precision": asked.precision}
     plan["schedule"] = [asdict(phase) for phase in schedule]
     TRUSTED.add(asked.trust_autoencoder)
@@ -1318,17 +1313,7 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     require_no_other(folder / "student.pt", asked, plan)
     toy_2d.clear_folder(folder, ())
 
-    torch.manual_seed(asked.seed)  # initial weights of the critic
-    teacher = place(scflow.load(path), device, asked.precision)
-    if isinstance(teacher, scflow.MLP):  # there are no places to convolve over
-        critic = scflow.PointCritic(math.prod(data.shape), 128)
-    else:
-        critic = scflow.LatentCritic(data.shape)
-    student = teacher
-    if asked.preset in ("two_phase", "large"):  # "paper" and "demo" start from the teacher
-        student = start_from_normal(teacher, data.normalised(data.train, mirrored=True), "map")
-        student = place(student, device, asked.precision)
-    critic = place(critic, device, asked.precision)
+    teacher, student, critic = first_networks(asked, data, device)
     generator = torch.Generator(device).manual_seed(asked.seed + 1)
     start = partial(toy_2d.clear_folder, folder, STUDENT_FILES)
     file = RunFile(folder, "student", asked, start)
@@ -1338,16 +1323,49 @@ def distil(asked: Distill, schedule: tuple[Phase, ...]) -> None:
     compiled = not wants_compile(asked, device)
     for run in file.follow(loop, total, codec=codec.content, plan=plan):
         if not compiled:  # after the first update, for only now are all networks there
+            compile_all(run, schedule)
             compiled = True
-            nets = [run.teacher, run.student, run.target, run.frozen]
-            if all(phase.r1 == 0 for phase in schedule):  # a compiled graph has no second derivative
-                nets.append(critic)
-            for net in nets:
-                compile_in_place(net)
         if run.step % asked.sheet_every == 0 or run.step == total:
             columns = {"teacher": (run.teacher, (1, 50)), "student": (run.ema, (1, 2, 4))}
             compare(folder / "student.png", data, codec, columns)
     print(f"{folder}/student.pt and student.png; next: python celeba_latent.py evaluate --out {folder}")
+
+
+def trained_teacher(folder: Path) -> tuple[dict, str]:
+    """The checkpoint of a run folder's teacher, and its latents folder. Raises ValueError if it is not finished."""
+    path = folder / "teacher.pt"
+    require(path.is_file(), f"no teacher in {folder}: run celeba_latent.py teacher --out {folder} first")
+    config = toy_2d.read_config(folder, RUN, "latents", "teacher_steps")
+    past = read_run(path, "teacher")
+    done = past["state"]["step"]
+    require(done == config["teacher_steps"], f"the teacher stopped at update {done}: finish it with teacher --resume")
+    return past, config["latents"]
+
+
+def first_networks(asked: Distill, data: Latents, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Teacher, student and critic, as they are before the first update."""
+    torch.manual_seed(asked.seed)  # initial weights of the critic
+    teacher = scflow.load(Path(asked.out) / "teacher.pt")
+    if isinstance(teacher, scflow.MLP):  # there are no places to convolve over
+        critic = scflow.PointCritic(math.prod(data.shape), 128)
+    else:
+        critic = scflow.LatentCritic(data.shape)
+    teacher = place(teacher, device, asked.precision)
+    critic = place(critic, device, asked.precision)
+    student = teacher
+    if asked.preset in ("two_phase", "large"):  # "paper" and "demo" start from the teacher
+        student = start_from_normal(teacher, data.normalised(data.train, mirrored=True), "map")
+        student = place(student, device, asked.precision)
+    return teacher, student, critic
+
+
+def compile_all(run: scflow.StudentRun, schedule: tuple[Phase, ...]) -> None:
+    """Compile the networks that an update asks."""
+    nets = [run.teacher, run.student, run.target, run.frozen]
+    if all(phase.r1 == 0 for phase in schedule):  # a compiled graph has no second derivative
+        nets.append(run.critic)
+    for net in nets:
+        compile_in_place(net)
 
 
 def require_no_other(student: Path, asked: Distill, plan: dict) -> None:
@@ -1473,25 +1491,25 @@ def evaluate(asked: Evaluate) -> None:
 
     count = max(n, FID_SAMPLES) if asked.fid else n
     noise = torch.randn(count, *data.shape, generator=generator)
-    networks = {"teacher": (teacher, (1, 50)), "student": (student, (1, 2, 4, 8))}
-
+    cases = [("teacher", teacher, 1), ("teacher", teacher, 50)]
+    cases += [("student", student, steps) for steps in (1, 2, 4, 8)]
     known = measure.spaces(*data.originals(data.train))["layout"]
     usual = neighbours(measure.reference["layout"], known)[0].median()
-    for who, (net, counts) in networks.items():
-        one_step = generate(net, noise, 1, codec)
-        for steps in counts:
-            pictures = one_step if steps == 1 else generate(net, noise, steps, codec)
-            features = features_of(pictures[:n], device)
-            distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
-            row = {"who": who, "nfe": steps, **measure(*features)}
-            row["gap"] = pixel_gap(pictures[:n], one_step[:n])
-            row["novelty"] = (distance.median() / usual).item()
-            if asked.fid:
-                row["fid"] = inception_fid(pictures, data, asked.fid)
-            rows.append(row)
-            if who == "student" and steps == 1:
-                copied = codec.decode(data.normalised(data.train[nearest[:8]]))
-                draw_sheet(folder / "neighbours.png", {"student 1": pictures[:8], "nearest": copied})
+    for who, net, steps in cases:
+        pictures = generate(net, noise, steps, codec)
+        if steps == 1:
+            one_step = pictures[:n]
+        features = features_of(pictures[:n], device)
+        distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
+        row = {"who": who, "nfe": steps, **measure(*features)}
+        row["gap"] = pixel_gap(pictures[:n], one_step)
+        row["novelty"] = (distance.median() / usual).item()
+        if asked.fid:
+            row["fid"] = inception_fid(pictures, data, asked.fid)
+        rows.append(row)
+        if who == "student" and steps == 1:
+            copied = codec.decode(data.normalised(data.train[nearest[:8]]))
+            draw_sheet(folder / "neighbours.png", {"student 1": pictures[:8], "nearest": copied})
 
     metrics = {
         "samples": n,
