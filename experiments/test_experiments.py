@@ -41,6 +41,7 @@ from experiments import (
     growth,
     guidance,
     lecture,
+    posterior,
     relatives,
     speed,
     tell_apart,
@@ -1071,6 +1072,60 @@ def test_correctors_are_measured(here):
     assert is_drawn("seen.png")
 
 
+# ═══ posterior.py ═══════════════════════════════════════════════════════════════════════════
+
+MEASURED = posterior.Measurement(torch.tensor([0.6, 0.8]), 1.0, 0.3)
+
+
+def test_the_exact_posterior_is_what_is_left_of_the_data():
+    """Data that a measurement as it was is drawn for: the energy distance is noise (0.004: three deviations)."""
+    mixture = toy_2d.dataset("25gaussians")
+    x0, _ = mixture.sample(400_000, gen())
+    y = x0 @ MEASURED.a + MEASURED.sigma * torch.randn(len(x0), generator=gen(1))
+    kept = x0[(y - MEASURED.y).abs() < 0.02][:4000]
+    found = posterior.sample_posterior(mixture, MEASURED, 4000, gen(2))
+    assert len(kept) > 3000
+    assert abs(EnergyDistance(kept)(found)) < 0.004
+
+
+def test_the_steered_flow_is_exact_for_one_gaussian():
+    """Of data N(m,I) the posterior is Gaussian: mean and covariance (0.05: noise, 100 steps)."""
+    mean = torch.tensor([0.5, -1.0])
+    gaussian = toy_2d.GaussianMixture(mean[None], 1.0)
+    noise = torch.randn(20_000, 2, generator=gen())
+    x = posterior.steered(gaussian, MEASURED, noise, 100)
+    gain = MEASURED.a / (1 + MEASURED.sigma**2)
+    assert (x.mean(0) - mean - gain * (MEASURED.y - mean @ MEASURED.a)).abs().max() < 0.05
+    assert (x.T.cov() - torch.eye(2) + torch.outer(gain, MEASURED.a)).abs().max() < 0.05
+
+
+def test_candidates_are_drawn_by_their_likelihood():
+    """With one candidate they are the student's samples; with two hundred, the posterior (0.01: noise, few kept)."""
+    gaussian = toy_2d.GaussianMixture([[0.5, -1.0]], 1.0)
+
+    def student(x, t, cond=None):
+        return -torch.tensor([0.5, -1.0]).expand_as(x)  # one step adds the mean
+
+    exact = posterior.sample_posterior(gaussian, MEASURED, 4000, gen())
+    prior, _ = gaussian.sample(4000, gen(1))
+    assert abs(EnergyDistance(prior)(posterior.candidates(student, MEASURED, 4000, 1, gen(2)))) < 0.01
+    assert abs(EnergyDistance(exact)(posterior.candidates(student, MEASURED, 4000, 200, gen(2)))) < 0.01
+    assert EnergyDistance(exact)(prior) > 0.1
+
+
+def test_posteriors_are_measured(here, monkeypatch, capsys):
+    """A row for each way and network. Without an exact posterior it is refused."""
+    assert "not known" in refused(capsys, posterior, "--datasets", "moons")
+    monkeypatch.setattr(toy_2d, "fit_teacher", lambda run, data, settings: scflow.MLP().requires_grad_(False))
+    monkeypatch.setattr(toy_2d, "fit_student", lambda *_: SimpleNamespace(ema=scflow.MLP().requires_grad_(False)))
+    argv = ["--datasets", "8gaussians", "--seeds", 0, 1, "--count", 2, "--samples", 60, "--out", "seen"]
+    assert run(posterior, *argv) == 0
+    rows = tables(read("seen.md"))
+    assert [row["way"] for row in rows] == ["exact samples"] + ["steered"] * 6 + ["candidates"] * 2
+    floor = [float(record["floor"]) for record in read_csv("seen.csv")]
+    assert rows[0]["8gaussians"] == common.mean_sd(floor, 1000)
+
+
 # ═══ captions.py ════════════════════════════════════════════════════════════════════════════
 
 
@@ -1399,6 +1454,7 @@ EXPERIMENTS = (
     front,
     growth,
     guidance,
+    posterior,
     relatives,
     speed,
     tell_apart,
