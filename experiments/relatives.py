@@ -31,7 +31,7 @@ from scflow import interpolate, predict_x0, pseudo_huber, require, squared
 
 # ═══ 1. The losses ════════════════════════════════════════════════════════════════════════
 # loss(lab, x0, x1, t) for pairs x₀, x₁ (B,2) and times t (B,). `lab` has .net, which is trained; .average, its fast
-# average, asked where no gradient should go; .teacher; .critic and .opt_critic, if the loss trains one; .generator;
+# average, asked where no gradient should go; .teacher; .critic or .fake, if the loss trains one; .generator;
 # and .progress, the share of the updates that is done.
 #
 # What does the network say? A velocity v(x,t); or where the path ends, f(x,t) = x − t·v(x,t); or a jump from t to s,
@@ -131,6 +131,29 @@ def boot(lab, x0, x1, t, window, weight):
     y_s = x1 - lab.net(x1, s)
     y_1 = x1 - lab.net(x1, one)
     return squared(y_s, target) + weight * squared(y_1, first)
+
+
+def score_identity(lab, x0, x1, t, alpha):
+    """Score identity distillation (Zhou et al., 2024): one step, from a teacher alone; it never sees data.
+
+    A second network, trained here, too, learns the samples as a teacher learns data. Where its f and the teacher's
+    agree, samples are distributed as the teacher's.
+    """
+    x0_hat = predict_x0(lab.net, x1, torch.ones_like(t))
+    fresh = scflow.randn_like(x1, lab.generator)
+    own = interpolate(x0_hat.detach(), fresh, t)
+    fitting = scflow.flow_matching_loss(lab.fake(own, t), x0_hat.detach(), fresh)
+    lab.opt_fake.zero_grad()
+    fitting.backward()
+    lab.opt_fake.step()
+
+    t = t.clamp(0.02, 0.98)
+    xt = interpolate(x0_hat, fresh, t)
+    real = predict_x0(lab.teacher, xt, t)
+    fake = predict_x0(lab.fake, xt, t)
+    apart = real - fake
+    size = (x0_hat - real).abs().sum(1, keepdim=True).detach() + 1e-3  # far from the data all errors are large
+    return ((apart * (real - x0_hat) - alpha * apart.square()) / size).mean()
 
 
 class TwoTimes(scflow.MLP):
@@ -315,6 +338,7 @@ COST = {
     "mean_flow": 2.55,
     "improved_mean_flow": 2.7,
     "adversarial_flow": 2.8,
+    "score_identity": 3.3,
     "phase_1": 1.65,
     "phase_2": 2.25,
     "paper": 4.8,
@@ -394,6 +418,11 @@ class Lab:
         """Give the lab a critic, for losses that train one."""
         self.critic = scflow.PointCritic()
         self.opt_critic = scflow.adamw(self.critic, lr, betas=(0.5, 0.99))
+
+    def use_fake(self, lr):
+        """Give the lab a second network that starts as the teacher, for a loss that trains one."""
+        self.fake = self.from_teacher()
+        self.opt_fake = scflow.adamw(self.fake, lr)
 
     def from_teacher(self):
         """A network that starts as the teacher."""
@@ -512,6 +541,13 @@ def bootstrapped(lab, window=0.05, lr=8e-3):
     return partial(booted, net)
 
 
+def identified(lab, alpha=1.0, lr=2e-3):
+    lab.fit_teacher()
+    lab.use_fake(lr)
+    net = lab.fit(scflow.MLP(), score_identity, lr, alpha=alpha)
+    return partial(scflow.sample, net)
+
+
 def halved(lab, jumping=0.5, halvings=6, lr=8e-3):
     net = lab.fit(TwoTimes(), shortcut, lr, jumping=jumping, halvings=halvings)
     return partial(jumped, net)
@@ -590,6 +626,7 @@ FAMILIES = {  # by what the network says, and who tells it
         "Consistency-FM": consistent_velocity,
         "BOOT": bootstrapped,
         "adversarial flow": adversarial,
+        "SiD": identified,
     },
     "jumps": {
         "shortcut": halved,
@@ -605,7 +642,7 @@ FAMILIES = {  # by what the network says, and who tells it
     },
 }
 METHODS = {name: method for family in FAMILIES.values() for name, method in family.items()}
-ONE_STEP = ("paired regression", "BOOT", "adversarial flow")  # the others are measured in 1, 2, 4 and 8 steps
+ONE_STEP = ("paired regression", "BOOT", "adversarial flow", "SiD")  # the others are measured in 1, 2, 4 and 8 steps
 
 # What `--tune` tries: at most twelve settings of each method.
 TRIALS = {
@@ -625,6 +662,7 @@ TRIALS = {
     "MeanFlow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
     "improved MeanFlow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
     "Re-MeanFlow": {"jumping": (0.5, 0.75), "power": (0.0, 0.5), "lr": (4e-3, 8e-3)},
+    "SiD": {"alpha": (0.5, 1.0, 1.2), "lr": (1e-3, 2e-3, 4e-3)},
     "adversarial flow": {"transport": (0.1, 1.0), "r1": (0.1, 1.0), "lr": (1e-3, 2e-3, 4e-3)},
     "self-corrected, jointly": {"weight": (0.3, 1.0), "tau": (0.0, 0.4), "lr": (4e-3, 8e-3)},
     OURS: {"window": (0.5, 1.0), "lr": (8e-3, 1.6e-2, 3.2e-2), "pinned": (0.5, 0.75)},
@@ -692,6 +730,7 @@ def training_loops() -> dict:
         mean_flow: {"jumping": 0.75, "power": 0.0},
         improved_mean_flow: {"jumping": 0.75, "power": 0.0},
         adversarial_flow: {"transport": 0.1, "r1": 0.1},
+        score_identity: {"alpha": 1.0},
     }
     teacher = scflow.MLP().requires_grad_(False)
     loops = {}
@@ -699,6 +738,7 @@ def training_loops() -> dict:
         lab = Lab("8gaussians")
         lab.teacher = teacher
         lab.use_critic(4e-3)
+        lab.use_fake(4e-3)
         net = TwoTimes() if loss in OF_TWO_TIMES else scflow.MLP()
         loops[loss.__name__] = lab.train(net, loss, 10**6, 4e-3, **options)
     last = replace(LAST, self_source="ema")  # costs the same as "frozen", which no first phase may have
