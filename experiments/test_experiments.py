@@ -33,6 +33,7 @@ import scflow
 import toy_2d
 from experiments import (
     ablation,
+    bits,
     captions,
     common,
     correctors,
@@ -1126,6 +1127,58 @@ def test_posteriors_are_measured(here, monkeypatch, capsys):
     assert rows[0]["8gaussians"] == common.mean_sd(floor, 1000)
 
 
+# ═══ bits.py ════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_rounded_weights_are_on_a_grid_for_each_output(count):
+    """2^bits − 1 values at most; the largest stays; no weight moves by more than half a step (1e-6: float32)."""
+    weight = torch.randn(5, 400, generator=gen()) * torch.tensor([0.1, 1.0, 10.0, 0.0, 3.0])[:, None]
+    found = bits.rounded(weight, count)
+    step = weight.abs().amax(1) / (2 ** (count - 1) - 1)
+    for row, before, size in zip(found, weight, step):
+        assert len(row.unique()) <= 2**count - 1
+        assert (row - before).abs().max() <= size / 2 + 1e-6
+        assert row.abs().max() == pytest.approx(before.abs().max())
+
+
+def test_calibration_takes_the_mean_error_away():
+    """Of the last layer's output, on what the network was asked about; without it there is one (1e-5: float32)."""
+    net = toy_network()
+    seen = bits.asked_about(net, torch.randn(200, 2, generator=gen()), 4)
+    assert seen[0].shape == (800, 2) and seen[1].unique().tolist() == [0.25, 0.5, 0.75, 1.0]
+    exact = net(*seen).mean(0)
+    plain = bits.round_network(net, 3)(*seen).mean(0)
+    calibrated = bits.round_network(net, 3, seen)(*seen).mean(0)
+    assert (calibrated - exact).abs().max() < 1e-5 < (plain - exact).abs().max()
+
+
+def toy_network():
+    """A perceptron with weights of size one."""
+    net = scflow.MLP(width=32).requires_grad_(False)
+    for weight in net.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=gen(7)) / weight.shape[-1] ** 0.5)
+    return net
+
+
+def test_bits_are_measured_and_read_back(here, monkeypatch):
+    """Two tables and a figure; again, no run is made."""
+    argv = ["--datasets", "moons", "--seeds", 0, "--bits", 8, 3, "--samples", 60, "--workers", 1]
+    argv += ["--out", "seen"]
+    monkeypatch.setattr(common, "parallel_map", lambda workers, function, *lists: list(map(function, *lists)))
+    monkeypatch.setattr(toy_2d, "fit_teacher", lambda run, data, settings: toy_network())
+    monkeypatch.setattr(toy_2d, "fit_student", lambda *_: SimpleNamespace(ema=toy_network()))
+    assert run(bits, *argv) == 0
+    text = read("seen.md")
+    shown = [row["sampler"] for row in tables(text)]
+    assert shown[:6] == [who + end for who in bits.SAMPLERS for end in bits.ENDS]
+    assert len(shown) == 6 + 4  # one step has no gap
+    assert is_drawn("seen.png")
+    monkeypatch.setattr(toy_2d, "fit_teacher", stop)
+    assert run(bits, *argv) == 0
+    assert read("seen.md") == text
+
+
 # ═══ captions.py ════════════════════════════════════════════════════════════════════════════
 
 
@@ -1448,6 +1501,7 @@ DOCUMENTS = [*FRONT, HOUSE / "experiments/README.md"]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 EXPERIMENTS = (
     ablation,
+    bits,
     captions,
     correctors,
     dimension,
