@@ -541,7 +541,7 @@ def bootstrapped(lab, window=0.05, lr=8e-3):
     return partial(booted, net)
 
 
-def identified(lab, alpha=1.0, lr=2e-3):
+def identified(lab, alpha=1.0, lr=1e-3):
     lab.fit_teacher()
     lab.use_fake(lr)
     net = lab.fit(scflow.MLP(), score_identity, lr, alpha=alpha)
