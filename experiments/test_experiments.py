@@ -1516,16 +1516,17 @@ EXPERIMENTS = (
 )
 PROGRAMS = {"toy_2d.py": toy_2d, "celeba_latent.py": celeba_latent}
 PROGRAMS.update({f"-m {module.__name__}": module for module in EXPERIMENTS})
-FIRST_STEPS = {  # where each program begins with its first run
-    "fit_teacher": toy_2d,
-    "write_latents": celeba_latent,
-    "parallel_map": common,
-    "cost_table": relatives,
-    "run_one": captions,
-    "matmul_rate": speed,
-    "plan_row": speed,
-    "measure": tell_apart,
-}
+FIRST_STEPS = (  # where each program begins with its first run
+    (toy_2d, "fit_teacher"),
+    (celeba_latent, "write_latents"),
+    (common, "parallel_map"),
+    (relatives, "cost_table"),
+    (captions, "run_one"),
+    (correctors, "measure"),
+    (speed, "matmul_rate"),
+    (speed, "plan_row"),
+    (tell_apart, "measure"),
+)
 
 
 def blocks(text, language=""):
@@ -1548,7 +1549,7 @@ def commands():
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_documents_is_understood(command, here, monkeypatch, capsys):
     """As written, in an empty folder: it begins its first run, or misses only what an earlier command leaves."""
-    for name, place in FIRST_STEPS.items():
+    for place, name in FIRST_STEPS:
         monkeypatch.setattr(place, name, stop)
     np.save("points.npy", np.random.default_rng(0).normal(size=(200, 2)))
     (program,) = [name for name in PROGRAMS if command.startswith(name)]
@@ -1612,6 +1613,9 @@ def test_tables_are_those_of_the_results(document):
             assert any(row.items() <= other.items() for other in written), row
 
 
+QUOTED = ("8.06", "7.67")  # the paper's FID at one step and at two
+
+
 @every_document
 def test_numbers_are_those_of_the_results(document):
     """Each mean with its deviation stands in results/; each other number with two decimals there, or in the sources."""
@@ -1624,7 +1628,7 @@ def test_numbers_are_those_of_the_results(document):
         assert pair in results, pair
     for number in re.findall(r"(?<![\w.])\d+\.\d\d+(?![\w.]*\d)", text):
         alone = rf"(?<![\d.]){re.escape(number)}(?!\d)"
-        assert re.search(alone, results) or re.search(alone, code), number
+        assert number in QUOTED or re.search(alone, results) or re.search(alone, code), number
 
 
 def test_the_run_in_the_readme_is_that_of_the_results():
