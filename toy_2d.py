@@ -636,7 +636,7 @@ def progress(loop: Iterator, total: int, name: str, quiet: bool = False, done: i
         for state in loop:
             yield state
             bar.update()
-            if state.step % 20 == 0:
+            if state.step % 20 == 1:
                 losses = {key: f"{value:.3f}" for key, value in state.losses.items()}
                 bar.set_postfix(losses, refresh=False)
 

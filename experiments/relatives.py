@@ -136,8 +136,8 @@ def boot(lab, x0, x1, t, window, weight):
 def score_identity(lab, x0, x1, t, alpha):
     """Score identity distillation (Zhou et al., 2024): one step, from a teacher alone; it never sees data.
 
-    A second network, trained here, too, learns the samples as a teacher learns data. Where its f and the teacher's
-    agree, samples are distributed as the teacher's.
+    A second network is trained here, too: it learns the student's samples as a teacher learns data. If it agrees with
+    the teacher everywhere, the samples are distributed as the teacher's.
     """
     x0_hat = predict_x0(lab.net, x1, torch.ones_like(t))
     fresh = scflow.randn_like(x1, lab.generator)
@@ -224,7 +224,7 @@ def flow_map_matching(lab, x0, x1, t, diagonal):
 
 
 def lagrangian_self_distillation(lab, x0, x1, t, diagonal):
-    """Lagrangian self-distillation (Boffi et al., 2025): the same without a teacher. u(x,t,t) is learned beside it."""
+    """Lagrangian self-distillation (Boffi et al., 2025): the same without a teacher, whose part u(x,t,t) plays."""
     s = t * scflow.rand_times(t, lab.generator)
     n = round(diagonal * len(t))
     xt = interpolate(x0, x1, t)
@@ -274,7 +274,7 @@ def mean_flow(lab, x0, x1, t, jumping, power):
 
 
 def improved_mean_flow(lab, x0, x1, t, jumping, power):
-    """Improved MeanFlow (Geng et al., 2025): it slides with the network's own velocity, whose mean over pairs it is."""
+    """Improved MeanFlow (Geng et al., 2025): the start slides with the network's own velocity u(x,t,t)."""
     s = jump_ends(lab, t, jumping)
     xt = interpolate(x0, x1, t)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def improved_mean_flow(lab, x0, x1, t, jumping, power):
 
 
 def align_your_flow(lab, x0, x1, t, jumping, power):
-    """Align Your Flow (Sabour et al., 2025), the Eulerian form: it slides along a teacher's path."""
+    """Align Your Flow (Sabour et al., 2025), the Eulerian form: the start slides along a teacher's path."""
     s = jump_ends(lab, t, jumping)
     xt = interpolate(x0, x1, t)
     with torch.no_grad():

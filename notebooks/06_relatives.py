@@ -238,11 +238,11 @@ plt.show()
 # %% [markdown]
 # *What to see.* Flow matching needs its many steps, and contrastive flow matching, too. Paired regression and
 # 2-rectified flow, which learn a teacher's pairs, are ahead in one step: in the plane fifty thousand pairs cost as much
-# as five hundred updates, and a target that never changes is easy. On pictures a pair costs dozens of passes of a large
-# network; and pairs keep the teacher's error, for only a critic sees the data again. In four and eight steps
-# consistency training leads, which goes back to noise in between. MeanFlow and its relatives pay for a derivative in
-# every update. The self-corrected rows share this short time among a teacher and two phases. What all of the time buys
-# is in `results/relatives.md`.
+# as five hundred to a thousand updates, and a target that never changes is easy. On pictures a pair costs dozens of
+# passes of a large network; and pairs keep the teacher's error, for only a critic sees the data again. In four and
+# eight steps consistency training leads, which goes back to noise in between. MeanFlow and its relatives pay for a
+# derivative in every update. The self-corrected rows share this short time among a teacher and two phases. What all of
+# the time buys is in `results/relatives.md`.
 
 # %%
 for steps in (1, 2, 4, 8):
