@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -457,23 +457,9 @@ LAST = Phase(
     pinned=0.75,
     judged=0.75,
 )
-NETWORKS = {
-    "cpu": dict(dim=128, depth=4, heads=4),
-    "gpu": dict(dim=384, depth=8, heads=6),  # a guess, never run; so are its settings below
-}
-TEACHERS = {
-    "cpu": TeacherSettings(teacher_steps=6000, teacher_batch=32, teacher_lr=2e-3),
-    "gpu": TeacherSettings(teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4),
-}
-SCHEDULES = {
-    "cpu": (FIRST, LAST),
-    "gpu": (replace(FIRST, steps=6000, batch=128, lr=1e-3), replace(LAST, steps=500, batch=128)),
-}
-
-
-def make_teacher(preset: str) -> scflow.DiT:
-    """The teacher's network with fresh weights."""
-    return scflow.DiT(LATENT, 1, **NETWORKS[preset], tokens=VOCABULARY)
+SCHEDULE = (FIRST, LAST)
+NETWORK = dict(dim=128, depth=4, heads=4)
+TEACHER = TeacherSettings(teacher_steps=6000, teacher_batch=32, teacher_lr=2e-3)
 
 
 def codec_of(drawings: int = 6000, scale: float = 0.35) -> dict:
@@ -644,7 +630,6 @@ class Captions(celeba_latent.Folder):
     """What is trained, and how it is measured."""
 
     seeds: tuple = (0,)  # seeds, a run folder each; with --resume finished ones are read back
-    preset: Literal["auto", "cpu", "gpu"] = "auto"  # size and length of the training; auto: gpu on CUDA
     guidance: float = 2.0  # guidance scale of the teacher that is distilled
     samples: int = 1000  # pictures that are read and compared; a quarter as many of held-out combinations
     save_every: float = 10.0  # minutes between checkpoints
@@ -661,11 +646,7 @@ def train_command(argv: list[str]) -> None:
     """Train, distil and measure; a table over the seeds."""
     (given,) = toy_2d.cli(argv, train_command.__doc__, Captions())
     asked = Captions(**given)
-    device = celeba_latent.choose_device(asked.device)
-    preset = asked.preset
-    if preset == "auto":
-        preset = "gpu" if device.startswith("cuda") else "cpu"
-    asked = replace(asked, device=device, preset=preset)
+    asked = replace(asked, device=celeba_latent.choose_device(asked.device))
     folders = [Path(asked.out, f"seed-{seed}") for seed in asked.seeds]
     for folder in folders:  # all are looked at before the first is overwritten
         celeba_latent.require_room(asked, folder, RUN)
@@ -679,7 +660,7 @@ def train_command(argv: list[str]) -> None:
             records.append({"seed": seed, **row})
     toy_2d.write_csv(f"{asked.out}/captions.csv", records)
     seeds = ", ".join(str(seed) for seed in asked.seeds)
-    about = f"Preset {preset}, guidance {asked.guidance:g}, {asked.samples} samples, seeds {seeds};"
+    about = f"Guidance {asked.guidance:g}, {asked.samples} samples, seeds {seeds};"
     lines = [about, f"{done[0]['machine']}.", LEGEND, "", *table(done)]
     common.write_report(f"{asked.out}/captions", "experiments.captions", argv, lines)
 
@@ -693,12 +674,11 @@ def run_one(asked: Captions, folder: Path, seed: int) -> dict:
     config = {
         "seed": seed,
         "guidance": asked.guidance,
-        "preset": asked.preset,
         "samples": asked.samples,
         "device": asked.device,
-        "network": NETWORKS[asked.preset],
-        "teacher": asdict(TEACHERS[asked.preset]),
-        "student": [asdict(phase) for phase in SCHEDULES[asked.preset]],
+        "network": NETWORK,
+        "teacher": asdict(TEACHER),
+        "student": [asdict(phase) for phase in SCHEDULE],
     }
     started = (folder / "config.json").exists()
     asked = replace(asked, out=str(folder), resume=asked.resume and started)
@@ -729,21 +709,19 @@ def train_one(asked: Captions, folder: Path, seed: int, start) -> tuple:
     codec = Codec(content, asked.device)
     batch = batches(codec)
     torch.manual_seed(seed)  # initial weights
-    net = make_teacher(asked.preset).to(asked.device)
+    net = scflow.DiT(LATENT, 1, **NETWORK, tokens=VOCABULARY).to(asked.device)
     critic = scflow.LatentCritic(LATENT, tokens=VOCABULARY).to(asked.device)
 
-    settings = TEACHERS[asked.preset]
     generator = torch.Generator(asked.device).manual_seed(seed)
-    loop = scflow.train_teacher(net, batch, generator, settings, resume=teacher_file.state)
-    for _ in teacher_file.follow(loop, settings.teacher_steps, codec=content):
+    loop = scflow.train_teacher(net, batch, generator, TEACHER, resume=teacher_file.state)
+    for _ in teacher_file.follow(loop, TEACHER.teacher_steps, codec=content):
         pass
     teacher = scflow.load(teacher_file.path, device=asked.device)
 
-    schedule = SCHEDULES[asked.preset]
     guided = scflow.guided(teacher, asked.guidance)
     generator = torch.Generator(asked.device).manual_seed(seed + 1)
-    loop = scflow.distill(guided, critic, batch, generator, schedule, student=teacher, resume=student_file.state)
-    total = sum(phase.steps for phase in schedule)
+    loop = scflow.distill(guided, critic, batch, generator, SCHEDULE, student=teacher, resume=student_file.state)
+    total = sum(phase.steps for phase in SCHEDULE)
     if student_file.state is None:
         student_file.rows = teacher_file.rows  # one log for both
     for _ in student_file.follow(loop, total, codec=content):

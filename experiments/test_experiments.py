@@ -1320,10 +1320,10 @@ def test_a_prompt_outside_the_grammar_is_refused(prompt, word, here, capsys):
 @pytest.fixture
 def few_captions(here, monkeypatch):
     """The smallest networks, three updates, and ten pictures that are read: the flags of a run."""
-    schedule = captions.SCHEDULES["cpu"]
-    monkeypatch.setitem(captions.SCHEDULES, "cpu", toy_2d.revise(schedule, {"steps": [3, 3], "batch": [4]}))
-    monkeypatch.setitem(captions.TEACHERS, "cpu", TeacherSettings(4, 8, 1e-3))
-    monkeypatch.setitem(captions.NETWORKS, "cpu", {"dim": 16, "depth": 1, "heads": 2})
+    schedule = toy_2d.revise(captions.SCHEDULE, {"steps": [3, 3], "batch": [4]})
+    monkeypatch.setattr(captions, "SCHEDULE", schedule)
+    monkeypatch.setattr(captions, "TEACHER", TeacherSettings(4, 8, 1e-3))
+    monkeypatch.setattr(captions, "NETWORK", {"dim": 16, "depth": 1, "heads": 2})
     monkeypatch.setattr(captions, "codec_of", partial(captions.codec_of, 1000))
     accuracy = captions.accuracy
     monkeypatch.setattr(captions, "accuracy", lambda numbers, pictures: accuracy(numbers[:10], pictures[:10]))

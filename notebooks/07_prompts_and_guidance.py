@@ -198,11 +198,11 @@ plt.show()
 torch.manual_seed(100)
 generator = torch.Generator().manual_seed(100)
 codec = captions.Codec(captions.codec_of())
-net = captions.make_teacher("cpu")
+net = scflow.DiT(captions.LATENT, 1, **captions.NETWORK, tokens=captions.VOCABULARY)
 shown = captions.SHEET[:4]
 numbers = torch.tensor([captions.parse(prompt) for prompt in shown])
 columns = {}
-for run in scflow.train_teacher(net, captions.batches(codec), generator, captions.TEACHERS["cpu"]):
+for run in scflow.train_teacher(net, captions.batches(codec), generator, captions.TEACHER):
     if run.step % 200 == 0:
         columns[f"{run.step} updates"] = captions.paint(codec, scflow.guided(run.ema, 2.0), numbers, 20, seed=1)
     if run.step == 600:
