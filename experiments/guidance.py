@@ -2,11 +2,12 @@
 
     python -m experiments.guidance                         scales 1, 2 and 4, five seeds
     python -m experiments.guidance --scales 2 --seeds 0    one student, in a minute
-    python -m experiments.guidance --scales 1 2 4 --learn-from teacher data data-no-critic
+    python -m experiments.guidance --learn-from teacher data data-no-critic nothing
 
 A teacher learns three labels, and a student learns the guided teacher: one pass in place of two a step.
 Guided samples are distributed otherwise than the data, and a critic that holds the student against the
 data undoes the guidance. So the student learns from samples of the guided teacher, if nothing else is said.
+"Nothing" is score identity distillation, which needs no samples at all.
 """
 
 import math
@@ -15,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 import scflow
 import toy_2d
-from experiments import common
+from experiments import common, relatives
 from scflow import Phase, TeacherSettings, require
 from toy_2d import EnergyDistance, GaussianMixture
 
@@ -114,6 +116,45 @@ def fit_student(teacher: scflow.MLP, scale: float, learn_from, seed: int, schedu
     return average
 
 
+def with_labels(net: scflow.Velocity, labels: Tensor) -> scflow.Velocity:
+    """The network with these labels (B,1), as a velocity of points and times alone."""
+
+    def velocity(x: Tensor, t: Tensor, cond: None = None) -> Tensor:
+        return net(x, t, labels)
+
+    return velocity
+
+
+def identify(teacher: scflow.MLP, scale: float, seed: int, updates: int = 1500, lr: float = 1e-3) -> scflow.MLP:
+    """Score identity distillation of the guided teacher (Zhou et al., 2024): a student of one step, without data.
+
+    The loss and its second network are those of `relatives.score_identity`. Both networks start as the teacher.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    velocity = scflow.guided(teacher, scale)
+    net = scflow.clone(teacher).requires_grad_(True)
+    fake = scflow.clone(teacher).requires_grad_(True)
+    average = scflow.clone(net)
+    opt = scflow.adamw(net, lr)
+    opt_fake = scflow.adamw(fake, lr)
+    for i in range(updates):
+        for optimiser in (opt, opt_fake):
+            scflow.set_lr(optimiser, lr * scflow.lr_factor(i, updates))
+        _, labels = batch(relatives.ROWS, generator)  # of the data only the labels are used
+        x1 = torch.randn(len(labels), 2, generator=generator)
+        t = scflow.rand_times(x1, generator)
+        lab = SimpleNamespace(generator=generator, opt_fake=opt_fake)
+        lab.net = with_labels(net, labels)
+        lab.fake = with_labels(fake, labels)
+        lab.teacher = with_labels(velocity, labels)
+        loss = relatives.score_identity(lab, None, x1, t, alpha=1.0)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        scflow.ema_update(average, net, scflow.growing(i, 0.9999))
+    return average
+
+
 # ═══ 3. Measures ══════════════════════════════════════════════════════════════════════════
 
 COUNTS = (1, 2, 4, 8)  # the student's steps
@@ -123,6 +164,7 @@ COMPARED = (
     "exact to tilted p₀",
     "exact to data",  # of the label
     "teacher to data",
+    "student to tilted p₀",  # in one step
 )
 
 
@@ -153,12 +195,14 @@ def measure_label(label: int, scale: float, n: int, teacher, student, generator)
     fixed = torch.Generator().manual_seed(10**6)
     reference, component = of_label(mixture, label).sample(n, fixed, stratified=True)
     data = EnergyDistance(reference, component)
+    density = EnergyDistance(tilted(mixture, label, scale, n, generator))
     compared = {
         "floor": [goal(reached(velocity)) for _ in range(3)],
         "exact to teacher": goal(ideal),
-        "exact to tilted p₀": EnergyDistance(ideal)(tilted(mixture, label, scale, n, generator)),
+        "exact to tilted p₀": density(ideal),
         "exact to data": data(ideal),
         "teacher to data": data(goal.reference),
+        "student to tilted p₀": density(one_step),
     }
     return students, compared
 
@@ -209,10 +253,13 @@ class Job:
 def run_one(job: Job, place: str) -> dict:
     """Train teacher and student, save both beside each other, and measure."""
     teacher = fit_teacher(job.seed, job.teacher)
-    learn_from = batch
-    if job.source == "teacher":
-        learn_from = own_samples(scflow.guided(teacher, job.scale), job.seed)
-    student = fit_student(teacher, job.scale, learn_from, job.seed, job.schedule)
+    if job.source == "nothing":
+        student = identify(teacher, job.scale, job.seed)
+    elif job.source == "teacher":
+        samples = own_samples(scflow.guided(teacher, job.scale), job.seed)
+        student = fit_student(teacher, job.scale, samples, job.seed, job.schedule)
+    else:
+        student = fit_student(teacher, job.scale, batch, job.seed, job.schedule)
     scflow.save(f"{place}-teacher.pt", teacher)
     scflow.save(f"{place}-student.pt", student)
     metrics = {"dataset": "labelled", "seed": job.seed, "machine": toy_2d.machine()}
@@ -224,15 +271,15 @@ def run_one(job: Job, place: str) -> dict:
 
 
 def compared_table(done: dict) -> list[str]:
-    """Lines of Markdown from {scale: [metrics of each seed]}: how far apart teacher, exact flow and densities are."""
+    """Lines of Markdown from {row: [metrics of each seed]}: how far apart students, teacher, flow and densities are."""
     lines = []
-    for scale, runs in done.items():
-        cells = [f"{scale:g}"]
+    for row, runs in done.items():
+        cells = [row]
         for name in COMPARED:
             values = [metrics["compared"][name] for metrics in runs]
             cells.append(common.mean_sd(values, 1e3))
         lines.append(cells)
-    return common.markdown(["guidance", *COMPARED], lines)
+    return common.markdown(["row", *COMPARED], lines)
 
 
 LABEL_COLOURS = (toy_2d.STUDENT, toy_2d.TEACHER, toy_2d.RENOISE)
@@ -289,14 +336,14 @@ class Guidance:
 
     scales: tuple = (1.0, 2.0, 4.0)  # guidance scales w of the teacher
     seeds: tuple = (0, 1, 2, 3, 4)  # seeds; the figure shows the first
-    learn_from: tuple = ("teacher",)  # what the student takes for data: teacher (its samples), data, data-no-critic
+    learn_from: tuple = ("teacher",)  # what the student sees: teacher (its samples), data, data-no-critic, nothing
     samples: int = 6000  # points of each label that are compared
     workers: int = os.cpu_count() or 1  # runs side by side, one thread each
     runs: str = "runs/guidance"  # folder of the finished runs, which are read back
     out: str = "results/guidance"  # path of the results, without .md, .csv and .png
 
     def __post_init__(self):
-        sources = ("teacher", "data", "data-no-critic")
+        sources = ("teacher", "data", "data-no-critic", "nothing")
         for source in self.learn_from:
             require(source in sources, f"learn_from is {source!r}, not one of {', '.join(sources)}")
         common.check_values(self, "scales", "seeds", "learn_from")
@@ -335,11 +382,11 @@ def guidance_command(argv: list[str]) -> None:
     paths = [Path(f"{place}.json") for place in places]
     measured = common.run_cells(run_one, cells, paths, asked.workers)
 
-    by_scale = {}  # the measures of every seed
+    by_row = {}  # the measures of every seed
     shown = {}  # where the networks of the first seed are
     for job, place, metrics in zip(jobs, places, measured):
+        by_row.setdefault(job.row, []).append(metrics)
         if job.source == asked.learn_from[0]:
-            by_scale.setdefault(job.scale, []).append(metrics)
             shown.setdefault(job.scale, place)
     results = common.Results(rows, [(job.row, metrics) for job, metrics in zip(jobs, measured)])
     toy_2d.write_csv(f"{asked.out}.csv", results.records)
@@ -347,7 +394,7 @@ def guidance_command(argv: list[str]) -> None:
     tests = results.tests()
     if tests:
         lines += [*tests, ""]
-    lines += ["Energy distances ×10³ between them; mean over labels.", "", *compared_table(by_scale)]
+    lines += ["Energy distances ×10³ between them; mean over labels.", "", *compared_table(by_row)]
     common.write_report(asked.out, "experiments.guidance", argv, lines)
     draw(shown, f"{asked.out}.png")
 

@@ -871,11 +871,32 @@ def test_a_guided_student_learns_from_what_it_is_told(source, monkeypatch):
         assert EnergyDistance(far)(ours) > 0.3
 
 
+def test_score_identity_sees_labels_and_no_data(monkeypatch):
+    """With data that are not even numbers the student is the same. It is not the teacher it started as."""
+    torch.manual_seed(0)
+    teacher = scflow.MLP(tokens=(1, 3))
+    student = guidance.identify(teacher, 2.0, seed=0, updates=3)
+    batch = guidance.batch
+
+    def blind(n, generator):
+        x0, labels = batch(n, generator)
+        return torch.full_like(x0, torch.nan), labels
+
+    monkeypatch.setattr(guidance, "batch", blind)
+    again = guidance.identify(teacher, 2.0, seed=0, updates=3)
+    weights = student.state_dict()
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    assert not torch.equal(student.layers[0].weight, teacher.layers[0].weight)
+
+
 def test_guided_students_are_measured_and_read_back(here, monkeypatch, capsys):
-    """Two scales, two sources: a row for each; the critic is off where the name says so; again, no run is made."""
-    argv = ["--scales", 1, 3, "--seeds", 0, "--learn-from", "teacher", "data-no-critic", "--samples", 50]
+    """Two scales, three sources: a row for each; the critic is off where the name says so; again, no run is made."""
+    sources = ("teacher", "data-no-critic", "nothing")
+    argv = ["--scales", 1, 3, "--seeds", 0, "--learn-from", *sources, "--samples", 50]
     argv += ["--teacher-steps", 5, "--student-steps", 4]
     monkeypatch.setattr(guidance, "own_samples", partial(guidance.own_samples, n=200))
+    monkeypatch.setattr(guidance, "identify", partial(guidance.identify, updates=2))
     fit_student = guidance.fit_student
     critics = []
 
@@ -892,7 +913,7 @@ def test_guided_students_are_measured_and_read_back(here, monkeypatch, capsys):
     assert all(name in text for name in guidance.COMPARED)
     expected = []
     for scale in (1, 3):
-        expected += [f"w = {scale}, from teacher", f"w = {scale}, from data-no-critic"]
+        expected += [f"w = {scale}, from {source}" for source in sources]
     assert names == expected
     for record in read_csv("results/guidance.csv"):
         labels = [float(record[f"energy of label {label}"]) for label in guidance.LABELS]
