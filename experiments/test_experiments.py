@@ -1096,14 +1096,15 @@ def test_correctors_are_measured(here):
 
 # ═══ posterior.py ═══════════════════════════════════════════════════════════════════════════
 
-MEASURED = posterior.Measurement(torch.tensor([0.6, 0.8]), 1.0, 0.3)
+MEASURED = posterior.Measurement(torch.tensor([[0.6, 0.8]]), torch.tensor([1.0]), 0.3)
+(DIRECTION,) = MEASURED.a
 
 
 def test_the_exact_posterior_is_what_is_left_of_the_data():
     """Data that a measurement as it was is drawn for: the energy distance is noise (0.004: three deviations)."""
     mixture = toy_2d.dataset("25gaussians")
     x0, _ = mixture.sample(400_000, gen())
-    y = x0 @ MEASURED.a + MEASURED.sigma * torch.randn(len(x0), generator=gen(1))
+    y = x0 @ DIRECTION + MEASURED.sigma * torch.randn(len(x0), generator=gen(1))
     kept = x0[(y - MEASURED.y).abs() < 0.02][:4000]
     found = posterior.sample_posterior(mixture, MEASURED, 4000, gen(2))
     assert len(kept) > 3000
@@ -1116,9 +1117,9 @@ def test_the_steered_flow_is_exact_for_one_gaussian():
     gaussian = toy_2d.GaussianMixture(mean[None], 1.0)
     noise = torch.randn(20_000, 2, generator=gen())
     x = posterior.steered(gaussian, MEASURED, noise, 100)
-    gain = MEASURED.a / (1 + MEASURED.sigma**2)
-    assert (x.mean(0) - mean - gain * (MEASURED.y - mean @ MEASURED.a)).abs().max() < 0.05
-    assert (x.T.cov() - torch.eye(2) + torch.outer(gain, MEASURED.a)).abs().max() < 0.05
+    gain = DIRECTION / (1 + MEASURED.sigma**2)
+    assert (x.mean(0) - mean - gain * (MEASURED.y - mean @ DIRECTION)).abs().max() < 0.05
+    assert (x.T.cov() - torch.eye(2) + torch.outer(gain, DIRECTION)).abs().max() < 0.05
 
 
 def test_candidates_are_drawn_by_their_likelihood():
@@ -1146,6 +1147,40 @@ def test_posteriors_are_measured(here, monkeypatch, capsys):
     assert [row["way"] for row in rows] == ["exact samples"] + ["steered"] * 6 + ["candidates"] * 2
     floor = [float(record["floor"]) for record in read_csv("seen.csv")]
     assert rows[0]["8gaussians"] == common.mean_sd(floor, 1000)
+
+
+def test_the_demos_autoencoder_is_linear():
+    """B·z + c is the picture, where no pixel is cut off at black or white (1e-5: float32)."""
+    pictures = celeba_latent.draw_faces(torch.randn(300, len(celeba_latent.TRAITS), generator=gen()))
+    net = celeba_latent.PicturePCA(32, 20)
+    net.fit(pictures)
+    content = {"arch": net.arch, "weights": net.state_dict(), "size": 32}
+    content.update(mean=torch.full((1, 1, 1), 0.2), std=torch.full((1, 1, 1), 0.7))
+    codec = celeba_latent.Codec(content)
+    directions, middle = posterior.linear_parts(codec)
+    z = torch.randn(50, 1, 1, 20, generator=gen(1))
+    linear = torch.einsum("nd,dcij->ncij", z.flatten(1), directions) + middle
+    decoded = codec.net.decode(z * codec.std + codec.mean)
+    assert (linear.clamp(0, 1) - decoded).abs().max() < 1e-5
+    # A measurement of a picture that latents can make: what is left is the noise, in directions at right angles.
+    for operator in posterior.OPERATORS.values():
+        measured = posterior.measure_picture(codec, linear[0], operator, gen(2))
+        misfit = (measured.y - measured.a @ z[0].flatten()) / measured.sigma
+        assert 0.5 < misfit.square().mean().sqrt() < 1.5
+        product = measured.a @ measured.a.T
+        assert (product - product.diag().diag()).abs().max() < 1e-4 * product.max()
+
+
+def test_faces_are_completed_and_sharpened(demo, capsys):
+    """Both ways for both measurements, and a sheet; a run of other networks is refused."""
+    assert run(posterior, "faces", "--run", "demo", "--count", 2, "--out", "seen") == 0
+    rows = tables(read("seen.md"))
+    assert [row["way"] for row in rows] == 2 * (["any face"] + 3 * ["steered"] + 2 * ["candidates"])
+    for part in (rows[:6], rows[6:]):
+        misfits = {row["evaluations"]: float(row["misfit"].split()[0]) for row in part}
+        assert misfits["100"] < misfits["1"]
+    assert is_drawn("seen.png")
+    assert "no checkpoint" in refused(capsys, posterior, "faces", "--run", "nowhere")
 
 
 # ═══ bits.py ════════════════════════════════════════════════════════════════════════════════

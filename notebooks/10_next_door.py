@@ -143,7 +143,9 @@ teacher = toy_2d.fit_teacher(run, eight, scflow.TeacherSettings())
 student = toy_2d.fit_student(run, eight, teacher, scflow.SCHEDULES["two_phase"]).ema
 
 # %%
-measured = posterior.Measurement(torch.tensor([1.0, 0.0]), 1.5, 0.2)  # the first coordinate is about 1.5
+measured = posterior.Measurement(
+    torch.tensor([[1.0, 0.0]]), torch.tensor([1.5]), 0.2
+)  # the first coordinate is about 1.5
 x0 = scflow.sample(student, torch.randn(100_000, 2, generator=generator)).view(1000, 100, 2)
 kept = torch.multinomial(chance(measured.y, x0[..., 0], measured.sigma), 1, generator=generator)
 exact = posterior.sample_posterior(eight, measured, 1000, generator)
@@ -158,7 +160,7 @@ data, _ = eight.sample(1000, generator)
 for ax, (title, x), color in zip(axes, found.items(), (GREY, TEACHER, STUDENT)):
     toy_2d.cloud(ax, data, title, "#dddddd", 3)
     toy_2d.cloud(ax, x[:600], title, color, 4)
-    ax.axvline(measured.y, color="black", lw=0.8, ls="--")
+    ax.axvline(1.5, color="black", lw=0.8, ls="--")
     ax.set_xlabel(f"distance ×10³: {after[title]:.1f}")
 plt.show()
 assert after["candidates"] < after["steered"] / 2
@@ -167,7 +169,7 @@ assert after["candidates"] < after["steered"] / 2
 # *What to see: the measured coordinate (dashed), and points that could have been measured. "Steered" is a hundred
 # steps of the teacher, each pulled towards y (flow matching posterior sampling). "Candidates" keeps one of a hundred
 # one-step samples. What is wrong with steering: it takes p(y|x_t) to be normal, and here it has several modes. What is
-# wrong with candidates: a measurement of a whole picture may need more of them than one can draw.*
+# wrong with candidates: of a face, ten thousand are too few, and steering is better (see the report).*
 #
 # ## Weights of few bits
 #
