@@ -1,6 +1,7 @@
 """Weights of few bits: what does rounding do to a student that is asked once, and to a teacher asked fifty times?
 
-    python -m experiments.bits
+    python -m experiments.bits                            in the plane
+    python -m experiments.bits faces --run runs/demo      drawn faces, of a run of the demo
 
 Teacher and student of toy_2d.py, their weights rounded to 8, 6, 4 and 3 bits. One scale for each output of a layer,
 so that its largest weight is kept.
@@ -15,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import celeba_latent
 import scflow
 import toy_2d
-from experiments import common
+from experiments import common, tell_apart
 from scflow import require
 
 # ═══ 1. Rounding ══════════════════════════════════════════════════════════════════════════
@@ -39,7 +41,7 @@ def linear_layers(net: nn.Module) -> list[nn.Linear]:
 def round_network(net: nn.Module, bits: int, seen: tuple[Tensor, Tensor] | None = None) -> nn.Module:
     """A copy of the network with rounded weights. Biases stay.
 
-    seen  points (N,d) and times (N,) that the network is asked about. If given, the copy is calibrated on them: layer
+    seen  points (N,…) and times (N,) that the network is asked about. If given, the copy is calibrated on them: layer
           after layer, the bias makes up for the mean error of what the layer puts out, given the rounded ones before.
     """
     small = copy.deepcopy(net)
@@ -66,10 +68,19 @@ SAMPLERS = {"teacher, 50 steps": 50, "student, 1 step": 1, "student, 4 steps": 4
 
 @torch.no_grad()  # nothing is trained here
 def asked_about(net: nn.Module, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The points (N,2) and times (N,) of all steps of the sampler."""
-    _, path = scflow.sample(net, noise, steps, trajectory=True)  # (steps+1,n,2)
+    """The points (N,…) and times (N,) of all steps of the sampler from noise (n,…): N = steps·n."""
+    _, path = scflow.sample(net, noise, steps, trajectory=True)  # (steps+1,n,…)
     times = 1 - torch.arange(steps) / steps
     return path[:-1].flatten(0, 1), times.repeat_interleave(len(noise))
+
+
+def rounded_networks(net: nn.Module, bits: list[int], seen: tuple[Tensor, Tensor]) -> dict[str, nn.Module]:
+    """{number of bits: network}: as it is with 32, and with fewer both as rounded and as calibrated."""
+    networks = {"32": net}
+    for b in bits:
+        networks[f"{b}"] = round_network(net, b)
+        networks[f"{b}, calibrated"] = round_network(net, b, seen)
+    return networks
 
 
 def measure(dataset: str, seed: int, bits: list[int], samples: int) -> dict:
@@ -87,11 +98,7 @@ def measure(dataset: str, seed: int, bits: list[int], samples: int) -> dict:
     for who, steps in SAMPLERS.items():
         net = teacher if who.startswith("teacher") else student
         seen = asked_about(net, others, steps)
-        networks = {"32": net}
-        for b in bits:
-            networks[f"{b}"] = round_network(net, b)
-            networks[f"{b}, calibrated"] = round_network(net, b, seen)
-        for name, small in networks.items():
+        for name, small in rounded_networks(net, bits, seen).items():
             x = scflow.sample(small, noise, steps)
             found[f"{who}, {name}"] = energy(x)
             found[f"gap of {who}, {name}"] = toy_2d.rms_distance(x, scflow.sample(small, noise))
@@ -194,9 +201,65 @@ def bits_command(argv: list[str]) -> None:
     common.write_report(settings.out, "experiments.bits", argv, lines)
 
 
+# ═══ 4. Faces ═════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Whose networks are rounded, and where it goes."""
+
+    run: str = "runs/demo"  # run folder of the demo
+    bits: tuple = (8, 6, 4, 3)  # bits of a weight
+    samples: int = 2000  # samples, and drawings that they are compared with
+    out: str = "results/bits-faces"  # path of the results, without .md and .png
+
+    def __post_init__(self):
+        common.check_values(self, "bits")
+        require(all(2 <= b <= 16 for b in self.bits), f"a weight has 2 to 16 bits here: {self.bits}")
+        require(self.samples >= 250, f"samples must be at least 250, not {self.samples}")
+
+
+FACES_LEGEND = """Fréchet distances of layout and texture to new drawings, of networks whose weights have so many bits.
+Drawings: others of the program, the floor. Calibrated as in bits.md."""
+
+
+def faces_command(argv: list[str]) -> None:
+    """Round the weights of a demo's teacher and student, and measure their faces: a table and a sheet."""
+    asked = common.settings_of(argv, faces_command.__doc__, Faces(), {})
+    teacher, _ = celeba_latent.load_run(Path(asked.run, "teacher.pt"), "cpu")
+    student, codec = celeba_latent.load_run(Path(asked.run, "student.pt"), "cpu")
+    require(isinstance(codec.net, celeba_latent.PicturePCA), f"{asked.run} is no run of the demo")
+    common.open_out(asked.out)
+    n = asked.samples
+    drawn = celeba_latent.PictureMeasure(*celeba_latent.features_of(tell_apart.drawings(n, 0)))
+    generator = torch.Generator().manual_seed(10**6)
+    noise = torch.randn(n, *student.shape, generator=generator)
+    others = torch.randn(200, *student.shape, generator=generator)  # to calibrate with
+
+    floor = drawn(*celeba_latent.features_of(tell_apart.drawings(n, n)))
+    rows = [["drawings", "", *cells_of(floor)]]
+    sheet = {}
+    for who, net, steps in (("teacher, 50 steps", teacher, 50), ("student, 1 step", student, 1)):
+        networks = rounded_networks(net, asked.bits, asked_about(net, others, steps))
+        for name, small in networks.items():
+            pictures = celeba_latent.generate(small, noise, steps, codec)
+            rows.append([who, name, *cells_of(drawn(*celeba_latent.features_of(pictures)))])
+            if "calibrated" not in name:
+                sheet[f"{who.split(',')[0]}, {name} bits"] = pictures[:4]
+    celeba_latent.draw_sheet(Path(f"{asked.out}.png"), sheet)
+    lines = [FACES_LEGEND, f"{n} samples; {toy_2d.machine()}.", ""]
+    lines += common.markdown(["sampler", "bits", "layout", "texture", "coverage"], rows)
+    common.write_report(asked.out, "experiments.bits", ["faces", *argv], lines)
+
+
+def cells_of(measures: dict[str, float]) -> list[str]:
+    """Layout, texture and coverage as text."""
+    return [f"{measures['layout']:.2f}", f"{measures['texture']:.4f}", f"{measures['coverage']:.3f}"]
+
+
 def main(argv=None) -> int:
-    """The command; bad input is one line on stderr and exit code 2."""
-    return toy_2d.main(argv, {"bits": bits_command}, "bits", "experiments.bits")
+    """Run a command, without its name that in the plane; bad input is one line on stderr and exit code 2."""
+    return toy_2d.main(argv, {"bits": bits_command, "faces": faces_command}, "bits", "experiments.bits")
 
 
 if __name__ == "__main__":

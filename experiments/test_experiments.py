@@ -1235,6 +1235,16 @@ def test_bits_are_measured_and_read_back(here, monkeypatch):
     assert read("seen.md") == text
 
 
+def test_the_demos_networks_are_rounded(demo):
+    """A row for each number of bits, and the drawings, which are nearest; a sheet."""
+    assert run(bits, "faces", "--run", "demo", "--bits", 8, 2, "--samples", 250, "--out", "seen") == 0
+    drawings, *rows = tables(read("seen.md"))
+    expected = ["32", "8", "8, calibrated", "2", "2, calibrated"]
+    assert [row["bits"] for row in rows] == 2 * expected
+    assert float(drawings["layout"]) < min(float(row["layout"]) for row in rows)
+    assert is_drawn("seen.png")
+
+
 # ═══ captions.py ════════════════════════════════════════════════════════════════════════════
 
 
