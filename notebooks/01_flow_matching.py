@@ -14,7 +14,7 @@
 # # 1. Flow matching
 #
 # **Question.** Straight lines from noise to data cross each other. The paths of a flow never do. What does a network
-# learn that is trained on the lines, and what does the crossing cost?
+# trained on the lines learn, and what does the crossing cost?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/01_flow_matching.ipynb)
 #
@@ -73,12 +73,12 @@ plt.show()
 #
 # ## The network learns the mean
 #
-# Train a network on the loss ‖ v(x_t,t) − (x₁−x₀) ‖². It is given the place and the time, but not the line. So it has
-# one answer for all lines through a place. The squared error is least if this answer is their mean:
+# Train a network on the loss ‖ v(x_t,t) − (x₁−x₀) ‖² (here a mean over coordinates). It knows x and t, but not the
+# line. So it has one answer for all lines through a place. The squared error is least if this answer is their mean:
 #
 # **v\*(x,t) = E[ x₁ − x₀ | x_t = x ]**
 #
-# For a Gaussian mixture this is a formula, and a `GaussianMixture` is called like a network to give it.
+# For a Gaussian mixture this is a formula, and calling `two(x, t)` evaluates it.
 
 # %%
 v_star = two(torch.zeros(1, 1), torch.tensor([0.5])).item()
@@ -89,7 +89,8 @@ assert abs(mean - v_star) < 0.1
 # But lines that cross have different velocities, and the network has one answer. So the loss cannot reach zero. This is
 # the first cost of the crossing.
 #
-# **Exercise.** How small can the loss be at one place, if you know the velocities of the lines through it?
+# **Exercise.** How small can the loss be at one place, if you know the velocities of the lines through it? (Replace
+# the `...`, and run the next cell. The solution is hidden below it.)
 
 
 # %%
@@ -116,15 +117,15 @@ check()
 # %% [markdown]
 # ## The flow does not cross
 #
-# A **flow** follows v\*: it starts at noise and goes down to t = 0 along dx/dt = v\*(x,t). Two paths never meet, for at
-# each place v\* has one value: from a common place they would go on together.
+# A **flow** follows v\*: it starts at noise and goes down to t = 0 along dx/dt = v\*(x,t). Two paths never meet: v\* is
+# smooth, and so exactly one path passes through each place.
 #
-# Yet they turn noise into data, for v\* carries as much through each place as all lines together. A test: two thirds of
-# the paths must end in the upper mode, which has two thirds of the data.
+# Yet they turn noise into data: at each place the mean moves as much mass as all lines do. A test: two thirds of the
+# paths must end in the upper mode, which has two thirds of the data.
 
 # %%
 quantiles = (torch.arange(400) + 0.5) / 400
-noise = torch.special.ndtri(quantiles)[:, None]  # 400 numbers spread like noise, in order
+noise = torch.special.ndtri(quantiles)[:, None]  # 400 numbers in order, spread like noise (ndtri: inverse normal CDF)
 ends, path = scflow.sample(two, noise, steps=200, solver="heun", trajectory=True)  # path is (201,400,1)
 assert (path.diff(dim=1) > 0).all()  # at every time they are in the order in which they started
 upper = (ends > 0).float().mean().item()
@@ -166,7 +167,7 @@ check()
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(10, 3.4), sharey=True)
 for ax, steps in zip(axes, (1, 2, 4, 100)):
-    _, path = scflow.sample(two, noise[10::20], steps, trajectory=True)
+    _, path = scflow.sample(two, noise[10::20], steps, trajectory=True)  # 20 of the 400
     ax.plot(torch.linspace(1, 0, steps + 1), path[..., 0], color=STUDENT, lw=1)
     ax.set(title=toy_2d.plural(steps, "step"), xlabel="t", xlim=(1, 0), xticks=[1, 0.5, 0])
     ax.hlines([-1.5, 1.5], 0, 1, "black", "dashed", lw=0.8)
@@ -181,7 +182,7 @@ plt.show()
 # ## A trained network
 #
 # Now train a network, the **teacher** of the later lectures, on eight modes in the plane. `train_teacher` draws x₀, x₁
-# and t, and uses the loss above. For a network v it is the loss of v\*, called the **floor**, plus ‖ v − v\* ‖².
+# and t, and uses the loss above. On average it is the loss of v\*, called the **floor**, plus ‖ v − v\* ‖².
 
 # %%
 eight = toy_2d.dataset("8gaussians")
@@ -221,7 +222,8 @@ assert error < 0.02 * floor  # nearly v*
 # *What to see: the loss comes to its floor in about 100 updates, and stays. The network is nearly v\*. What is wrong:
 # often the loss lies below the floor. This is chance, for each point of the curve is one batch.*
 #
-# How many steps does a good sample take? We measure the energy distance to the data, which is about zero for true data.
+# How many steps does a good sample take? We measure the **energy distance** to the data, 2E‖X−Y‖ − E‖X−X′‖ − E‖Y−Y′‖.
+# It is zero for equal distributions. Its estimate is about zero for true data, and can be negative.
 
 # %%
 x1 = torch.randn(4000, 2, generator=generator)
@@ -247,9 +249,9 @@ print(f"energy distance ×10³: 8 steps {scores[8]:.1f}, 32 steps {scores[32]:.1
 assert scores[32] < high < scores[8]
 
 # %% [markdown]
-# **The answer.** The network learns the mean velocity of all lines through a place. Its paths do not cross, so they
-# bend. The crossing costs a loss that cannot fall below 1.86, and many evaluations: eight are too few, and with 32 the
-# energy distance is as small as that of true data. If no lines crossed, the loss could be zero, and one step exact.
+# **The answer.** The network learns the mean velocity of all lines through a place. This mean changes on the way, so
+# paths bend. The crossing costs an expected loss of at least 1.86, and many evaluations: eight are too few, and with 32
+# the energy distance is as small as that of true data. If no lines crossed, the loss could be zero, and one step exact.
 
 # %% [markdown]
 # ## What to try next

@@ -65,7 +65,8 @@ plt.show()
 # *What to see: three paths, from noise (left) to data (right). The point moves (grey), but f\* (blue) is the same all
 # the way. What is wrong: the second coordinate is not shown.*
 #
-# **Exercise.** A student is a network v, and jumps to f(x,t) = x − t·v(x,t). Which v makes it jump to a given point?
+# **Exercise.** A student's v is not v\*. With it the student jumps to f(x,t) = x − t·v(x,t). Which v leads to a given
+# point?
 
 
 # %%
@@ -103,6 +104,7 @@ check()
 # f(x,0) = x, forbids it. The form f(x,t) = x − t·v(x,t) has this fact **whatever the weights are**.
 
 # %%
+# Consistency alone; the other losses come in notebooks 3 and 4.
 phase = scflow.Phase(steps=1200, batch=384, tau=0.0, lambda_adv=0.0, lambda_self=0.0, lambda_bi=0.0)
 batch = toy_2d.batches(mixture)
 critic = scflow.PointCritic()  # it has weight zero here
@@ -120,9 +122,9 @@ assert error_student < error_teacher / 4  # one step of the teacher knows only t
 # %% [markdown]
 # ## Truncation
 #
-# The paper adds a rule: where r < τ, the target is the true x₀. (Above, τ = 0, so that this never happens.) What does
-# it cost? Many x₀ belong to one x_t, and the answer of least squared error is their mean. For data N(0, s²), x_t has
-# the standard deviation σ_t = √((1−t)²s² + t²), and the mean is (1−t)s²/σ_t² · x_t. So the mean keeps only the share
+# Dao et al. (2025) add a rule: where r < τ, the target is the true x₀. (Above, τ = 0.) What does it cost? Many x₀
+# belong to one x_t, and the answer of least squared error is their mean. For data N(0, s²), x_t has the standard
+# deviation σ_t = √((1−t)²s² + t²), and E[x₀ | x_t] = (1−t)s²/σ_t² · x_t. So the mean keeps only the share
 # **(1−t)·s/σ_t** of the data's deviation s.
 
 
@@ -135,20 +137,20 @@ def sigma(s, t):
 x1 = noise[:, :1]
 narrow = GaussianMixture([[0.0]], std=0.15)
 for time in (0.4, 0.5):
-    mean = scflow.predict_x0(narrow, sigma(0.15, time) * x1, torch.full((2000,), time))
+    mean = scflow.predict_x0(narrow, sigma(0.15, time) * x1, torch.full((2000,), time))  # x_t − t·v* = E[x₀|x_t]
     share = (1 - time) * 0.15 / sigma(0.15, time)
     print(f"s = 0.15: the mean at t = {time} keeps the share {share:.2f}")
     assert abs(mean.std() / (0.15 * x1.std()) - share) < 1e-3
 
 # %% [markdown]
-# Consistency hands the mean on to t = 1. With τ = 0.4 and neighbours at most δ = 0.1 apart, it is the mean at times
-# from 0.4 to 0.5. So one step keeps a share between the two that are printed.
+# Consistency hands the mean on to t = 1. With τ = 0.4 and neighbours at most δ = 0.1 apart, it blends the means at
+# times from 0.4 to 0.5. So one step should keep a share between the two that are printed.
 #
 # ## More steps
 #
-# More steps helped the teacher (notebook 1). Let the student take them: Euler steps with its v, or **re-noising**. That
-# is to jump to x̂₀ = f(x,t), and to add new noise for the next time. Beside it stands a perfect student, which jumps to
-# f\*. The *energy distance* to the data is zero for equal distributions. The *noise floor* is that of true samples.
+# More steps helped the teacher (notebook 1). Let the student take them: Euler steps with its v, or **re-noising**. It
+# jumps to x̂₀ = f(x,t), and then to (1−r)·x̂₀ + r·(new noise), for the next time r. Beside it stands a perfect student,
+# which jumps to f\*. We measure the energy distance to the data; the *noise floor* is what true samples have.
 
 
 # %%
@@ -171,7 +173,7 @@ scores = {}
 for name, net in (("perfect", perfect_student(mixture)), ("trained", student)):
     for solver in ("euler", "renoise"):
         for steps in STEPS:
-            g = torch.Generator().manual_seed(3)
+            g = torch.Generator().manual_seed(3)  # the same new noise for all
             samples[name, solver, steps] = scflow.sample(net, noise, steps, solver, generator=g)
         scores[name, solver] = [1e3 * distance(samples[name, solver, steps]) for steps in STEPS]
         print(f"  {name} {solver:8s}", *(f"{score:7.1f}" for score in scores[name, solver]))
@@ -200,7 +202,7 @@ plt.show()
 # ## Why
 #
 # From x₁ an Euler step goes to x̂_t = (1−t)·x̂₀ + t·x₁, with **the same** x₁ that x̂₀ = f(x₁,1) came from. The student
-# was trained at x_t, where data and noise are drawn apart, as in re-noising. For data N(0, s²) the flow map is
+# was trained at x_t, where data and noise are independent, as in re-noising. For data N(0, s²) the flow map is
 # f\*(x,t) = (s/σ_t)·x. So x̂₀ = s·x₁, and x̂_t has the deviation (1−t)s + t. It is larger than σ_t.
 
 # %%
@@ -216,7 +218,7 @@ plt.show()
 # *What to see: Euler visits points that are too far out. f\* takes them for true x_t, and lands too far out as well.
 # What is wrong: it is one Gaussian. It does not show why each of the eight gets narrower.*
 #
-# **Exercise.** What is the standard deviation after two Euler steps of f\*?
+# **Exercise.** For N(0, s²), which standard deviation do two equal Euler steps of f\* give?
 
 
 # %%
@@ -256,5 +258,6 @@ print(f"energy distance ×10³ of the student: one step {one:.1f}, eight Euler s
 # %% [markdown]
 # ## What to try next
 #
-# - Train the student with `tau=0.4` in `phase`. Do its one-step modes shrink? Notebook 3 wins the spread back.
+# - Train the student with `tau=0.4, distance="squared"` in `phase`. Do its one-step modes
+#   shrink? Notebook 3 wins the spread back.
 # - Set `delta=0.02`, then `delta=0.5`, in `phase`. How large is each error after the same number of updates?

@@ -43,8 +43,8 @@ generator = torch.Generator().manual_seed(0)
 # An Euler step goes somewhere else. It starts at x₁ and moves towards the one-step sample x̂₀ = f(x₁,1). So it arrives
 # at x̂_t = (1−t)·x̂₀ + t·x₁, where x̂₀ was made from *the same* x₁.
 #
-# **Self-correction** trains the student at x̂_t. Its loss is ‖f(x̂_t,t) − x̂₀‖², where x̂₀ is a constant. If the loss is
-# zero, every later step ends where the first one did.
+# **Self-correction** trains the student at x̂_t. Its loss is ‖f(x̂_t,t) − x̂₀‖², with no gradient in x̂₀. If the loss
+# is zero, every later jump lands where the first one did.
 #
 # The exact map f\* is the perfect student of consistency (notebook 2). Is its self-correction loss zero? Take data
 # N(0, s²) in one dimension. There x_t has the standard deviation σ_t = √((1−t)²s² + t²), and f\*(x,t) = (s/σ_t)·x.
@@ -52,7 +52,7 @@ generator = torch.Generator().manual_seed(0)
 
 # %%
 x1 = torch.randn(50_000, generator=generator)
-t = torch.linspace(0, 1, 101)[:, None]
+t = torch.linspace(0, 1, 101)[:, None]  # (101,1): with (50000,) it makes (101,50000)
 fig, ax = plt.subplots(figsize=(7, 3.6))
 for s, color in ((0.15, GREY), (0.5, STUDENT), (2.0, TEACHER)):
     sigma = (((1 - t) * s) ** 2 + t**2) ** 0.5
@@ -103,7 +103,7 @@ def landing_error(v, x1, x0_hat, t):
 check()
 
 # %% [markdown]
-# So the velocity form is the same loss divided by t². It gives more weight to small t.
+# So the velocity form is that loss over t², at each t. It gives more weight to small t.
 #
 # ## Can one student satisfy both losses?
 #
@@ -126,8 +126,8 @@ for d in (2, 8, 32, 128, 512):
 # Where the points overlap, the student has to compromise. Take d = 1, s = 1, t = ½. At a point x, consistency asks for
 # f\*(x,½) = √2·x. Self-correction asks for x, because here x̂₀ = x₁ = x̂_t.
 #
-# **Exercise.** Let p be the density of the points x_t at x, and q that of the points x̂_t. If both losses are trained
-# together, f(x,½) minimises p·(f − √2·x)² + λ·q·(f − x)². Which f is it?
+# **Exercise.** Let p be the density of the points x_t at x, and q that of the points x̂_t. If both losses are squared,
+# and trained together, f(x,½) minimises p·(f − √2·x)² + λ·q·(f − x)². Which f is it?
 
 
 # %%
@@ -156,10 +156,11 @@ check()
 # %% [markdown]
 # ## Measured: first distil, then straighten
 #
-# The paper trains all losses together. Where points overlap, its student lies between the two values; λ only moves it.
-# The schedule `two_phase` is **this project's own**. Phase 1 is consistency alone. Phase 2 is self-correction in its
-# velocity form, with a weak critic (notebook 3). Here x̂₀ comes from a frozen copy of the student of phase 1. The
-# teacher is the exact velocity of eight Gaussians. It has no weights to copy, so the student starts untrained.
+# The paper trains all losses together. Where points overlap, its student should lie between the two values; λ moves it.
+# The schedule `two_phase` is **this project's own**. Phase 1 is consistency alone, with better steps of the teacher
+# (notebook 9). Phase 2 is self-correction in its velocity form, with a weak critic (notebook 3). Here x̂₀ comes from a
+# frozen copy of the student of phase 1, and three quarters of the rows have t = 1. The teacher is the exact velocity of
+# eight Gaussians. It has no weights to copy, so the student starts untrained.
 #
 # Do one step and eight agree? The *gap* is the root-mean-square distance of their ends, from the same noise.
 
@@ -172,7 +173,7 @@ torch.manual_seed(0)
 net = scflow.MLP()
 critic = scflow.PointCritic()
 for run in scflow.distill(mixture, critic, toy_2d.batches(mixture), generator, (first, last), student=net):
-    if run.step == first.steps:
+    if run.step == first.steps:  # the end of phase 1
         before = copy.deepcopy(run.ema)
 students = {"after phase 1": before, "after phase 2": run.ema}
 print(f"self-correction loss at the end, in velocities: {run.losses['self']:.3f}")
@@ -185,7 +186,7 @@ for ax, (name, net) in zip(axes, students.items()):
     jump = scflow.sample(net, noise)
     x, path = scflow.sample(net, noise, steps=8, trajectory=True)
     gaps[name] = toy_2d.rms_distance(x, jump)
-    ax.plot(*path[:, :40].permute(2, 0, 1), color=GREY, lw=1.2)
+    ax.plot(*path[:, :40].permute(2, 0, 1), color=GREY, lw=1.2)  # x and y, (9,40) each
     ax.scatter(*jump[:40].T, s=55, zorder=3, facecolors="none", edgecolors=TEACHER, label="1 step")
     ax.scatter(*x[:40].T, s=14, zorder=3, color=STUDENT, label="8 steps")
     toy_2d.window(ax, f"{name}: gap {gaps[name]:.2f}")
@@ -198,9 +199,9 @@ assert gaps["after phase 2"] < gaps["after phase 1"] / 2
 # sample of the same noise. After phase 1 most dots miss their ring. After phase 2 most are in it or on its edge. The
 # paths are nearly straight. What is wrong: not all dots are in the middle, and a few samples lie between the modes.*
 #
-# (Lines that cross would ask for two velocities at one point. The small loss above says that they hardly cross.)
+# (Lines that cross would ask for two velocities at one point. The small loss above suggests that they hardly cross.)
 #
-# Now the energy distance to the data, with Euler steps and with re-noising (notebook 2). True samples score the floor.
+# Now the energy distance to the data, with Euler steps and with re-noising (notebook 2). The floor: true samples.
 
 
 # %%
@@ -230,7 +231,7 @@ assert scores["after phase 2", "renoise"][3] > 2 * scores["after phase 1", "reno
 # ## The price
 #
 # How far (root-mean-square) are both students from the exact map, at true points x_t? **Predict before you run it:** at
-# which t does phase 2 change the student, and where can it not?
+# which t does phase 2 change the student, and where not?
 
 # %%
 errors = {}
@@ -248,7 +249,7 @@ for name in students:
     print(f"{name}: gap {gaps[name]:.2f}, distance to the exact map at t = ½ {errors[name, 0.5]:.2f}")
 
 # %% [markdown]
-# At t = 1, x_t and x̂_t are both the noise, and the map is kept. In between, phase 2 has given it up.
+# At t = 1 the target is the frozen copy's x̂₀, so the map is kept. In between, phase 2 has given it up.
 #
 # **The answer.** Self-correction makes the paths straight, and then one step and eight agree. The price is the exact
 # map between the ends. You pay only if a sampler visits the points x_t there: re-noising does, Euler does not.

@@ -37,11 +37,11 @@ generator = torch.Generator().manual_seed(0)
 # %% [markdown]
 # ## Another density: weighted particles
 #
-# Notebook 7 guided a flow towards a label, and it did not end in the tilted density p(x)^(1−w)·p(x|c)^w. The velocity
-# belongs to the tilted density at each t, but these densities do not follow from one another. *Feynman-Kac correctors*
-# (Skreta et al., 2025) mend it. Many samples, called **particles**, go together, and each has a **weight**. Where too
-# few particles arrive, the weights grow. From time to time the particles are drawn anew: each is copied about as often
-# as its weight says, and the weights become equal.
+# Notebook 7 guided a flow towards a label, and it did not end in the tilted density p(x)^(1−w)·p(x|c)^w. At each t the
+# guided velocity belongs to a tilted density, but no one flow joins these densities. *Feynman-Kac correctors* (Skreta
+# et al., 2025) mend it. Many samples, called **particles**, go together, and each has a **weight**. Where too few
+# particles arrive, the weights grow. From time to time the particles are redrawn in proportion to their weights, which
+# become equal. Some are copied then, and a little noise parts the copies.
 #
 # If few particles have all the weight, most are useless. For weights W that sum to 1, the *effective share* is
 # 1 / (n·Σ W²).
@@ -77,13 +77,13 @@ check()
 # %%
 mixture = guidance.labelled()
 powers = correctors.CASES["guidance, w = 4"]  # {label: power}; 0 is the mixture of all labels
-density = guidance.of_powers(mixture, powers, 2000, generator)
+density = guidance.of_powers(mixture, powers, 2000, generator)  # exact, from a fine grid
 energy = toy_2d.EnergyDistance(guidance.of_powers(mixture, powers, 2000, generator))
 clouds = {"tilted density": density}
 for title, way in (("the flow", "the flow"), ("noise and weights", "+ both")):
-    options = correctors.WAYS[way]
+    options = correctors.WAYS[way]  # "the flow" has no noise and no weights
     clouds[title], share = correctors.corrected(mixture, powers, 2000, 400, generator, **options)
-print(f"smallest effective share on the way: {share:.2f}")
+print(f"smallest effective share on the way: {share:.2f}")  # below 0.5 they are redrawn
 tilted = {title: 1e3 * energy(x) for title, x in clouds.items()}
 
 # %%
@@ -99,16 +99,16 @@ assert tilted["noise and weights"] < 20
 
 # %% [markdown]
 # *What to see: the data of all labels (light grey), and samples for one label at w = 4. The flow crowds the farthest
-# mode, and goes beyond it. Weighted particles with some noise end in the tilted density. What is wrong: it takes 400
+# mode, and goes beyond it. Weighted particles with some noise end near the tilted density. What is wrong: it takes 400
 # steps and exact velocities, and another seed may be farther off.*
 #
 # ## A measurement: many cheap candidates
 #
 # A point x₀ of the data is measured: y = ⟨a,x₀⟩ + σ·noise, one number. Which points could it have been? They have the
 # **posterior** p(x₀|y), in proportion to p(x₀)·p(y|x₀). A student of one step offers a simple way: draw many
-# candidates, and keep one of them, by its likelihood p(y|x₀).
+# candidates, and keep one of them, drawn in proportion to its likelihood p(y|x₀). (Exact in the limit of many.)
 #
-# **Exercise.** Keep one of the candidates for each row.
+# **Exercise.** With which chance is each of them kept?
 
 
 # %%
@@ -143,9 +143,8 @@ teacher = toy_2d.fit_teacher(run, eight, scflow.TeacherSettings())
 student = toy_2d.fit_student(run, eight, teacher, scflow.SCHEDULES["two_phase"]).ema
 
 # %%
-measured = posterior.Measurement(
-    torch.tensor([[1.0, 0.0]]), torch.tensor([1.5]), 0.2
-)  # the first coordinate is about 1.5
+first = torch.tensor([[1.0, 0.0]])  # what is measured: the first coordinate
+measured = posterior.Measurement(a=first, y=torch.tensor([1.5]), sigma=0.2)
 x0 = scflow.sample(student, torch.randn(100_000, 2, generator=generator)).view(1000, 100, 2)
 kept = torch.multinomial(chance(measured.y, x0[..., 0], measured.sigma), 1, generator=generator)
 exact = posterior.sample_posterior(eight, measured, 1000, generator)
@@ -169,19 +168,19 @@ assert after["candidates"] < after["steered"] / 2
 # *What to see: the measured coordinate (dashed), and points that could have been measured. "Steered" is a hundred
 # steps of the teacher, each pulled towards y (flow matching posterior sampling). "Candidates" keeps one of a hundred
 # one-step samples. What is wrong with steering: it takes p(y|x_t) to be normal, and here it has several modes. What is
-# wrong with candidates: of a face, ten thousand are too few, and steering is better (see the report).*
+# wrong with candidates: for a face, ten thousand are too few, and steering is better (see the report).*
 #
 # ## Weights of few bits
 #
 # Weights are stored in 32 bits. What if there are fewer? **Predict before you run it:** which suffers more, the student
-# that is asked once, or the teacher that is asked fifty times?
+# that is run once, or the teacher that is run fifty times?
 #
-# **Exercise.** Round to a grid of 2^bits − 1 values, symmetric about zero, whose ends are ± the largest weight.
+# **Exercise.** Round each row to one of 2^b − 1 equally spaced values from −m to m, where m is its largest |weight|.
 
 
 # %%
-def rounded(weight, bits):
-    """A weight (out,in) with one grid for each row."""
+def rounded(weight, b):
+    """A weight (out,in), rounded to b bits."""
     return ...  # your answer
 
 
@@ -195,8 +194,8 @@ def check():
 
 # %% jupyter={"source_hidden": true}
 # Solution
-def rounded(weight, bits):
-    step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+def rounded(weight, b):
+    step = weight.abs().amax(1, keepdim=True) / (2 ** (b - 1) - 1)
     return (weight / step).round() * step
 
 
@@ -207,7 +206,7 @@ noise = torch.randn(4000, 2, generator=generator)
 energy = toy_2d.reference("8gaussians", 4000)
 rounding = {}
 for name, net, steps in (("teacher, 50 steps", teacher, 50), ("student, 1 step", student, 1)):
-    small = [net] + [bits.round_network(net, b) for b in (8, 6, 4, 3)]
+    small = [net] + [bits.round_network(net, b) for b in (8, 6, 4, 3)]  # biases keep 32 bits
     rounding[name] = [1e3 * energy(scflow.sample(one, noise, steps)) for one in small]
     print(f"{name:18s} 32, 8, 6, 4, 3 bits:", *(f"{value:7.2f}" for value in rounding[name]))
 assert rounding["student, 1 step"][-1] > 3 * rounding["teacher, 50 steps"][-1]
@@ -220,8 +219,8 @@ print(f"  3 bits: teacher {rounding['teacher, 50 steps'][-1]:.1f}, student {roun
 
 # %% [markdown]
 # **The answer.** A velocity samples other densities too, with weights and noise. A student gives so many samples so
-# cheaply that one can choose among them. But what is asked only once has no later step to mend its errors: where modes
-# are narrow, few bits hurt it more. The [report](../experiments/README.md#next-door) has more data sets and seeds.
+# cheaply that one can choose among them. But where modes are narrow, 3 bits hurt it far more than its teacher; why is
+# an open question. The [report](../experiments/README.md#next-door) has more data sets and seeds.
 
 # %% [markdown]
 # ## What to try next
