@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import celeba_latent
 import scflow
 import toy_2d
+from celeba_latent import features_of
 from experiments import common, tell_apart
 from scflow import require
 
@@ -226,24 +227,23 @@ Drawings: others of the program, the floor. Calibrated as in bits.md."""
 def faces_command(argv: list[str]) -> None:
     """Round the weights of a demo's teacher and student, and measure their faces: a table and a sheet."""
     asked = common.settings_of(argv, faces_command.__doc__, Faces(), {})
-    teacher, _ = celeba_latent.load_run(Path(asked.run, "teacher.pt"), "cpu")
-    student, codec = celeba_latent.load_run(Path(asked.run, "student.pt"), "cpu")
-    require(isinstance(codec.net, celeba_latent.PicturePCA), f"{asked.run} is no run of the demo")
+    teacher, student, codec = tell_apart.load_demo(asked.run)
     common.open_out(asked.out)
     n = asked.samples
-    drawn = celeba_latent.PictureMeasure(*celeba_latent.features_of(tell_apart.drawings(n, 0)))
+    measure_of = celeba_latent.PictureMeasure(*features_of(tell_apart.drawings(n, 0)))
     generator = torch.Generator().manual_seed(10**6)
     noise = torch.randn(n, *student.shape, generator=generator)
     others = torch.randn(200, *student.shape, generator=generator)  # to calibrate with
 
-    floor = drawn(*celeba_latent.features_of(tell_apart.drawings(n, n)))
+    floor = measure_of(*features_of(tell_apart.drawings(n, n)))
     rows = [["drawings", "", *cells_of(floor)]]
     sheet = {}
     for who, net, steps in (("teacher, 50 steps", teacher, 50), ("student, 1 step", student, 1)):
         networks = rounded_networks(net, asked.bits, asked_about(net, others, steps))
         for name, small in networks.items():
             pictures = celeba_latent.generate(small, noise, steps, codec)
-            rows.append([who, name, *cells_of(drawn(*celeba_latent.features_of(pictures)))])
+            found = measure_of(*features_of(pictures))
+            rows.append([who, name, *cells_of(found)])
             if "calibrated" not in name:
                 sheet[f"{who.split(',')[0]}, {name} bits"] = pictures[:4]
     celeba_latent.draw_sheet(Path(f"{asked.out}.png"), sheet)

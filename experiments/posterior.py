@@ -45,7 +45,8 @@ class Measurement:
     def log_likelihood(self, x0: Tensor, spread: float = 0.0) -> Tensor:
         """log p(y|x₀) of points (…,d), but for a constant. `spread` is a deviation of x₀, if it is uncertain."""
         var = self.sigma**2 + spread**2 * self.a.square().sum(1)  # (M,)
-        return -((self.y - x0 @ self.a.T) ** 2 / (2 * var)).sum(-1)
+        error = self.y - x0 @ self.a.T  # (…,M)
+        return -(error**2 / (2 * var)).sum(-1)
 
 
 def sample_posterior(mixture, measured: Measurement, n: int, generator) -> Tensor:
@@ -78,7 +79,8 @@ def steered(net, measured: Measurement, noise: Tensor, steps: int) -> Tensor:
         v = net(x, torch.full((len(x),), t))
         x0 = x - t * v
         spread = t / math.sqrt(t**2 + (1 - t) ** 2)
-        (pull,) = torch.autograd.grad(measured.log_likelihood(x0.flatten(1), spread).sum(), x)
+        likelihood = measured.log_likelihood(x0.flatten(1), spread)
+        (pull,) = torch.autograd.grad(likelihood.sum(), x)
         x = x - (v - t / (1 - t) * pull) / steps
     return x.detach()
 
@@ -194,6 +196,11 @@ def face_samples(teacher, student, measured: Measurement, generator) -> dict[str
     return ways
 
 
+def rms(x: Tensor) -> float:
+    """The root of the mean square."""
+    return x.square().mean().sqrt().item()
+
+
 def measure_faces(teacher, student, codec: Codec, true: Tensor, generator) -> list[dict]:
     """What every way makes of faces uint8 (N,3,S,S), for every operator: a record of each sample."""
     records = []
@@ -204,8 +211,8 @@ def measure_faces(teacher, student, codec: Codec, true: Tensor, generator) -> li
                 misfit = (measured.y - z.flatten() @ measured.a.T) / measured.sigma
                 made = codec.decode(z)[0]
                 record = {"measurement": name, "way": way, "made": made}
-                record["misfit"] = misfit.square().mean().sqrt().item()
-                record["distance"] = (made.float() - picture).square().mean().sqrt().item()
+                record["misfit"] = rms(misfit)
+                record["distance"] = rms(made.float() - picture)
                 records.append(record)
     return records
 
@@ -273,9 +280,7 @@ pixels, which go from 0 to 255. Mean ± deviation over faces, a sample of each."
 def faces_command(argv: list[str]) -> None:
     """Complete drawn faces of which the upper half is seen, and sharpen blurred ones: a table and a sheet."""
     asked = common.settings_of(argv, faces_command.__doc__, Faces(), {})
-    teacher, _ = celeba_latent.load_run(Path(asked.run, "teacher.pt"), "cpu")
-    student, codec = celeba_latent.load_run(Path(asked.run, "student.pt"), "cpu")
-    require(isinstance(codec.net, celeba_latent.PicturePCA), f"{asked.run} is no run of the demo")
+    teacher, student, codec = tell_apart.load_demo(asked.run)
     common.open_out(asked.out)
     true = tell_apart.drawings(asked.count, 2 * 10**6 + asked.seed)  # numbers that no run has drawn
     generator = torch.Generator().manual_seed(10**6 + asked.seed)

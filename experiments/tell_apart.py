@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import celeba_latent
 import toy_2d
+from celeba_latent import Codec
 from experiments import common
 from scflow import require
 
@@ -70,11 +71,17 @@ def drawings(n: int, first: int) -> Tensor:
     return torch.stack(pictures)
 
 
-def measure(run: str, samples: int) -> dict[str, float]:
-    """{who: share of right answers} for the networks of a demo's run folder, and for drawings against drawings."""
+def load_demo(run: str) -> tuple[nn.Module, nn.Module, Codec]:
+    """Teacher, student and codec of a demo's run folder. Raises ValueError for another run."""
     teacher, _ = celeba_latent.load_run(Path(run, "teacher.pt"), "cpu")
     student, codec = celeba_latent.load_run(Path(run, "student.pt"), "cpu")
-    require(codec.content["size"] == 64, f"{run} is no run of the demo")
+    require(isinstance(codec.net, celeba_latent.PicturePCA), f"{run} is no run of the demo")
+    return teacher, student, codec
+
+
+def measure(run: str, samples: int) -> dict[str, float]:
+    """{who: share of right answers} for the networks of a demo's run folder, and for drawings against drawings."""
+    teacher, student, codec = load_demo(run)
     noise = torch.randn(samples, *student.shape, generator=torch.Generator().manual_seed(2 * 10**6))
     real = drawings(samples, 0)
     return {

@@ -34,6 +34,17 @@ from toy_2d import GREY, STUDENT, TEACHER
 start(linewidth=2)
 generator = torch.Generator().manual_seed(0)
 
+
+def draw_three(data, clouds, distances):
+    """Three panels of samples {title: (n,2)} over the data, with their distances; returns the panels."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.5))
+    for ax, title, color in zip(axes, clouds, (GREY, TEACHER, STUDENT)):
+        toy_2d.cloud(ax, data, title, "#dddddd", 3)
+        toy_2d.cloud(ax, clouds[title][:600], title, color, 4)
+        ax.set_xlabel(f"distance ×10³: {distances[title]:.1f}")
+    return axes
+
+
 # %% [markdown]
 # ## Another density: weighted particles
 #
@@ -87,12 +98,9 @@ print(f"smallest effective share on the way: {share:.2f}")  # below 0.5 they are
 tilted = {title: 1e3 * energy(x) for title, x in clouds.items()}
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.5))
 data, _ = mixture.sample(1000, generator)
-for ax, (title, x), color in zip(axes, clouds.items(), (GREY, TEACHER, STUDENT)):
-    toy_2d.cloud(ax, data, title, "#dddddd", 3)
-    toy_2d.cloud(ax, x[:600], title, color, 4)
-    ax.set(xlim=(-4.9, 4.9), ylim=(-4.9, 4.9), xlabel=f"distance ×10³: {tilted[title]:.1f}")
+for ax in draw_three(data, clouds, tilted):
+    ax.set(xlim=(-4.9, 4.9), ylim=(-4.9, 4.9))  # the flow goes beyond the data
 plt.show()
 assert tilted["the flow"] > 500
 assert tilted["noise and weights"] < 20
@@ -154,13 +162,9 @@ energy = toy_2d.EnergyDistance(posterior.sample_posterior(eight, measured, 1000,
 after = {title: 1e3 * energy(x) for title, x in found.items()}
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.5))
 data, _ = eight.sample(1000, generator)
-for ax, (title, x), color in zip(axes, found.items(), (GREY, TEACHER, STUDENT)):
-    toy_2d.cloud(ax, data, title, "#dddddd", 3)
-    toy_2d.cloud(ax, x[:600], title, color, 4)
-    ax.axvline(1.5, color="black", lw=0.8, ls="--")
-    ax.set_xlabel(f"distance ×10³: {after[title]:.1f}")
+for ax in draw_three(data, found, after):
+    ax.axvline(1.5, color="black", lw=0.8, ls="--")  # the measured value
 plt.show()
 assert after["candidates"] < after["steered"] / 2
 
