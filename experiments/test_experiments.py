@@ -44,6 +44,7 @@ from experiments import (
     lecture,
     posterior,
     relatives,
+    sequences,
     speed,
     tell_apart,
     windows,
@@ -1245,6 +1246,71 @@ def test_the_demos_networks_are_rounded(demo):
     assert is_drawn("seen.png")
 
 
+# ═══ sequences.py ═══════════════════════════════════════════════════════════════════════════
+
+
+def test_autocorrelation_of_a_wave():
+    """Of twelve times a wave, twice: −1 times the share that is left at half of the wave, and 1 times at all of it."""
+    angle = 2 * torch.pi * (torch.arange(24) / 12 + torch.rand(500, 3, 1, 1, generator=gen()))
+    found = sequences.autocorrelation(5 * angle.cos() + 3)
+    assert torch.allclose(found[:, 5], torch.tensor(-18 / 24), atol=0.03)  # lag 6: 18 pairs of 24; 0.03: phases
+    assert torch.allclose(found[:, 11], torch.tensor(12 / 24), atol=0.03)  # lag 12
+
+
+def test_series_are_told_apart_where_they_differ():
+    """Fresh ones are not (0.06: four deviations of a fifth of 3,000); those without a trend are, in every measure."""
+    measures = sequences.SeriesMeasure(1500, seed=0)
+    fresh = sequences.draw_series(1500, gen(1))
+    assert fresh.shape == (1500, 3, 1, 24)
+    assert fresh.std() == pytest.approx(1, abs=0.1)
+    same = measures(fresh)
+    assert abs(same["told apart"]) < 0.06
+    flat = fresh - fresh.mean(3, keepdim=True) - fresh.diff(dim=3).mean(3, keepdim=True) * torch.linspace(-12, 12, 24)
+    other = measures(flat)
+    assert other["told apart"] > 0.2
+    assert other["autocorrelation"] > 3 * same["autocorrelation"]
+    assert other["context"] > 3 * same["context"]
+
+
+def test_sentences_are_read_back_and_checked():
+    """Vectors with noise are the words they come from. A wrong word is seen, and so is one sentence all the time."""
+    measures = sequences.SentenceMeasure(3000, seed=0)
+    x, _ = sequences.sentence_batch(3000, gen())
+    noisy = x + 0.3 * torch.randn(x.shape, generator=gen(1))
+    assert sequences.words_of(noisy) == sequences.words_of(x)
+    true = measures(noisy)
+    assert true["ungrammatical"] == 0
+    assert true["frequencies"] < 0.15  # 3,000 sentences, 225 beginnings
+    wrong = x.clone()
+    wrong[:1000, :, :, 0] = x[:1000, :, :, 3]  # "circle" for "a"
+    assert measures(wrong)["ungrammatical"] == pytest.approx(1 / 3)
+    assert measures(x[:1].expand_as(x))["frequencies"] > 0.9
+    assert measures(torch.zeros_like(x)) == {"ungrammatical": 1.0, "frequencies": pytest.approx(0.5)}
+
+
+def test_sequences_are_made_and_read_back(here, monkeypatch, capsys):
+    """A table for each world, the sentences themselves, and a figure of the series; again, nothing is trained."""
+    assert "no world" in refused(capsys, sequences, "--worlds", "music")
+    monkeypatch.setattr(sequences, "TEACHER", TeacherSettings(teacher_steps=3, teacher_batch=8))
+    monkeypatch.setattr(sequences, "READER_UPDATES", 3)
+    short = [replace(phase, steps=2, batch=8) for phase in sequences.SCHEDULE]
+    monkeypatch.setattr(sequences, "SCHEDULE", tuple(short))
+    argv = ["--seeds", 0, 1, "--samples", 200, "--out", "seen"]
+    assert run(sequences, *argv) == 0
+    text = read("seen.md")
+    rows = tables(text)
+    who = ["truth", "teacher", "student", "student", "student"]
+    assert [row["series"] for row in rows if "series" in row] == who
+    assert [row["sentences"] for row in rows if "sentences" in row] == who
+    written = [row["sentence"] for row in rows if row.get("sampler") == "truth"]
+    assert len(written) == 4 and all(captions.parse(text) >= 0 for text in written)
+    assert is_drawn("seen.png")
+    assert len(read_csv("seen.csv")) == 2 * 2 * 5
+    monkeypatch.setattr(sequences, "train", stop)
+    assert run(sequences, *argv) == 0
+    assert read("seen.md") == text
+
+
 # ═══ captions.py ════════════════════════════════════════════════════════════════════════════
 
 
@@ -1576,6 +1642,7 @@ EXPERIMENTS = (
     guidance,
     posterior,
     relatives,
+    sequences,
     speed,
     tell_apart,
     windows,

@@ -199,13 +199,7 @@ assert relatives.sliding_loss(u, rate, v, t, s, power=0) < 1e-6
 # matching, so that a run does not depend on what else the machine does: `COST` says how many of them one update of a
 # loss takes (`python -m experiments.relatives --costs` measures it). What a method needs first, a teacher or pairs, it
 # pays for.
-
-# %%
-print(f"the budget: {relatives.BUDGET:.0f} updates of flow matching")
-for name, cost in relatives.COST.items():
-    print(f"{name:26}{cost:6.2f}, or {relatives.BUDGET / cost:5.0f} times in all")
-
-# %% [markdown]
+#
 # `python -m experiments.relatives` compares all methods on four data sets and three seeds, with a quarter and with all
 # of the budget. Here it is a sixth, on one data set.
 
@@ -254,7 +248,6 @@ for steps in (1, 2, 4, 8):
 # **The answer.** In a sixth of the time, in the plane: for one or two steps, regression on pairs that a teacher has
 # made; for four and more, consistency training, which goes back to noise in between. None is best everywhere.
 #
-# %% [markdown]
 # **Exercise.** A large network spends its time in passes: three for each row of an update, one for each evaluation of a
 # pair. How many updates of 256 rows do 50,000 pairs of 20 evaluations cost there?
 

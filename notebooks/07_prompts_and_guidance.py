@@ -140,25 +140,13 @@ plt.show()
 # close to none, or half of the way to another colour, makes the picture wrong, as does any other stain, or an object
 # that is neither small nor large where the sentence asks. What it leaves open may be anything.
 #
-# The reader has to be right about the truth, and to notice each kind of mistake.
+# The reader has to be right about the truth. (Tests check that it notices nine kinds of mistakes.)
 
 # %%
 numbers = captions.pick(500, generator)
 right = captions.accuracy(numbers, captions.draw(captions.SCENES[numbers], generator))
 print(f"read as drawn: {right:.1%}")
 assert right > 0.99
-
-scenes = captions.SCENES
-two = scenes[:, 3] > 0
-all_said = (scenes >= 0).all(1)
-unlike = (scenes[:, :3] != scenes[:, 4:]).any(1)
-numbers = torch.where(two & all_said & unlike)[0]
-numbers = numbers[torch.randperm(len(numbers), generator=generator)[:100]]
-for name, wrong in captions.mistakes(scenes[numbers]).items():
-    differs = (wrong != scenes[numbers]).any(1)  # two red objects cannot swap their colours
-    passed = captions.accuracy(numbers[differs], captions.draw(wrong[differs], generator))
-    print(f"{name}: {passed:.1%} taken for right")
-    assert passed < 0.03
 
 # %% [markdown]
 # A sentence that leaves something open means many pictures. The mean of them all, which is what one step of an
@@ -168,7 +156,7 @@ for name, wrong in captions.mistakes(scenes[numbers]).items():
 figure, axes = plt.subplots(1, 2, figsize=(5, 2.8))
 for ax, prompt in zip(axes, ("a small red circle", "a circle")):
     number = captions.parse(prompt)
-    drawn = captions.draw(scenes[number].expand(200, -1), generator)
+    drawn = captions.draw(captions.SCENES[number].expand(200, -1), generator)
     mean = drawn.mean(0)
     ax.imshow(mean.permute(1, 2, 0))
     ax.set_title(f"mean of “{prompt}”", fontsize=10)
@@ -191,32 +179,13 @@ plt.show()
 # object is red, it knows nothing: its score is a sum over the words, and what it gives to "A left of B" and to "B right
 # of A" is together the same whichever way they stand. That much the student has from its teacher.
 #
-# A few hundred updates of the teacher show in which order things are learned: where something is, then its colour and
-# size, and last which shape.
-
-# %%
-torch.manual_seed(100)
-generator = torch.Generator().manual_seed(100)
-codec = captions.Codec(captions.codec_of())
-net = scflow.DiT(captions.LATENT, 1, **captions.NETWORK, tokens=captions.VOCABULARY)
-shown = captions.SHEET[:4]
-numbers = torch.tensor([captions.parse(prompt) for prompt in shown])
-columns = {}
-for run in scflow.train_teacher(net, captions.batches(codec), generator, captions.TEACHER):
-    if run.step % 200 == 0:
-        columns[f"{run.step} updates"] = captions.paint(codec, scflow.guided(run.ema, 2.0), numbers, 20, seed=1)
-    if run.step == 600:
-        break
-captions.draw_sheet(columns, shown, (6, 5))
-plt.show()
-
-# %% [markdown]
-# `python -m experiments.captions --seeds 0 1 2` trains three teachers and their students to the end, and writes a table
-# and a sheet of prompts. `python -m experiments.captions sample --prompt "..."` draws a sentence.
+# `python -m experiments.captions --seeds 0 1 2` trains three teachers and their students, and writes a table and a
+# sheet of prompts. It takes a few hours, and is not run here. This is its sheet of seed 0:
 #
-# Where the sentence says all, the unguided teacher's single step is often readable too: the mean of pictures that
-# hardly differ is one of them, only softer. Where a colour is open it never is. There the student has something to
-# learn, and there the sheet shows its mistakes: a mixture of two colours.
+# ![Seven sentences, drawn by the program, by the teacher and by the student](../results/captions/prompts.png)
+#
+# *What to see: the student's one step shows what the guided teacher shows in 50. What is wrong: where the sentence
+# leaves a colour open, one step can mix two. The numbers are in the [report](../experiments/README.md#captions).*
 
 # %% [markdown]
 # **Exercise.** When does the guided flow end in the tilted density after all? Take one Gaussian for the velocity
