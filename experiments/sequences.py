@@ -1,10 +1,10 @@
-"""Sequences: time series and sentences, made in one step by the module that makes pictures.
+"""Sequences: time series and sentences, made in one step by scflow.py, unchanged.
 
     python -m experiments.sequences
 
 A sequence of L vectors of C numbers is a latent (C,1,L). All have one length, so that a perceptron will do. Two worlds,
 both made by the program, so that samples can be checked: series with seasons and trends, and the sentences of
-captions.py, a fixed vector for each word.
+captions.py, with a fixed vector for each word.
 """
 
 import math
@@ -35,7 +35,7 @@ READER_UPDATES = 400
 def draw_series(n: int, generator=None) -> Tensor:
     """Series (n,3,1,24) of a variance of about 1: a season, a trend and noise.
 
-    The season has 6 or 12 times, and is the same in all channels but for a shift. Each channel has its own trend.
+    The season has a period of 6 or 12, and is the same in all channels but for a shift. Each channel has its own trend.
     """
     time = torch.arange(TIMES)
     period = 6.0 + 6.0 * torch.randint(2, (n, 1, 1), generator=generator)
@@ -71,11 +71,11 @@ class Reader(nn.Module):
         return self.head(self.states(x))
 
 
-def fit(net: nn.Module, loss_of: Callable[[Tensor], Tensor], rows: int, generator) -> None:
-    """Train a network on a loss of random numbers of rows."""
+def fit(net: nn.Module, loss_of: Callable[[Tensor], Tensor], n: int, generator) -> None:
+    """Minimise `loss_of` on batches of 128 random row numbers below n."""
     opt = torch.optim.Adam(net.parameters(), 5e-3)
     for _ in range(READER_UPDATES):
-        loss = loss_of(torch.randint(rows, (128,), generator=generator))
+        loss = loss_of(torch.randint(n, (128,), generator=generator))
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -84,19 +84,17 @@ def fit(net: nn.Module, loss_of: Callable[[Tensor], Tensor], rows: int, generato
 def autocorrelation(x: Tensor) -> Tensor:
     """Mean autocorrelation (3,12) of each channel of series (B,3,1,24) at lags 1 to 12.
 
-    Of each series its mean is taken away, and its variance is the unit.
+    The mean over time is taken away first, and each sum is divided by that at lag 0.
     """
     x = x[:, :, 0]  # (B,3,24)
     x = x - x.mean(2, keepdim=True)
-    variance = x.square().sum(2)
-    lags = [(x[..., lag:] * x[..., :-lag]).sum(2) / variance for lag in range(1, 13)]
+    total = x.square().sum(2)
+    lags = [(x[..., lag:] * x[..., :-lag]).sum(2) / total for lag in range(1, 13)]
     return torch.stack(lags, 2).mean(0)
 
 
 class SeriesMeasure:
     """What is asked of samples of series, against `n` true ones."""
-
-    names = ("told apart", "autocorrelation", "context")
 
     def __init__(self, n: int, seed: int):
         self.generator = torch.Generator().manual_seed(10**6 + seed)
@@ -113,7 +111,7 @@ class SeriesMeasure:
         return scflow.squared(said[:, :-1], true[:, 1:])
 
     def __call__(self, fake: Tensor) -> dict[str, float]:
-        """told apart  accuracy − ½ of a classifier on a fifth that it has not seen (TimeGAN's discriminative score).
+        """told apart  accuracy − ½ of a classifier on a fifth that it has not seen (as TimeGAN's discriminative score).
         autocorrelation  mean absolute difference.
         context  Fréchet distance of what a forecaster of the data remembers at the end.
         """
@@ -131,27 +129,26 @@ class SeriesMeasure:
         x = torch.cat([self.real, fake])
         is_real = torch.arange(len(x)) < len(self.real)
         order = torch.randperm(len(x), generator=self.generator)
-        x, is_real = x[order], is_real[order].float()
+        x, is_real = x[order], is_real[order]
         seen = 4 * len(x) // 5
         torch.manual_seed(0)  # the same initial weights for every sampler
         judge = Reader(1)
 
         def judge_loss(rows: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(judge(x[rows])[:, -1, 0], is_real[rows])
+            return F.binary_cross_entropy_with_logits(judge(x[rows])[:, -1, 0], is_real[rows].float())
 
         fit(judge, judge_loss, seen, self.generator)
         with torch.no_grad():  # a measurement
             said = judge(x[seen:])[:, -1, 0] > 0
-        return (said == is_real[seen:].bool()).double().mean().item()
+        return (said == is_real[seen:]).double().mean().item()
 
 
 # ═══ 2. Sentences ═════════════════════════════════════════════════════════════════════════
 
-WIDTH = 16
-# A vector for each word, and one for an empty place: orthogonal, of length 4, so that numbers have variance 1.
+WIDTH = 1 + len(captions.WORDS)  # 16
+# A vector for each word, and one for an empty place: orthogonal, of length 4, so that the mean of their squares is 1.
 VECTORS = 4 * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0]
-VECTORS = VECTORS[: 1 + len(captions.WORDS)]
-NUMBER_OF = {tuple(tokens): number for number, tokens in enumerate(captions.TOKENS.tolist())}
+SCENE_OF = {tuple(tokens): number for number, tokens in enumerate(captions.TOKENS.tolist())}
 
 
 def sentence_batch(n: int, generator=None) -> tuple[Tensor, None]:
@@ -161,10 +158,10 @@ def sentence_batch(n: int, generator=None) -> tuple[Tensor, None]:
     return rearrange(vectors, "b l c -> b c 1 l"), None
 
 
-def words_of(x: Tensor) -> list[tuple[int, ...]]:
-    """The tokens of sentences (B,16,1,10): in each place the nearest word."""
-    likeness = torch.einsum("bcl,wc->blw", x[:, :, 0], VECTORS)
-    return [tuple(row) for row in likeness.argmax(2).tolist()]
+def tokens_of(x: Tensor) -> list[tuple[int, ...]]:
+    """The tokens of sentences (B,16,1,10): in each place those of the nearest word."""
+    product = torch.einsum("bcl,wc->blw", x[:, :, 0], VECTORS)  # all words have one length: the largest is the nearest
+    return [tuple(row) for row in product.argmax(2).tolist()]
 
 
 def text_of(tokens: tuple[int, ...]) -> str:
@@ -174,21 +171,19 @@ def text_of(tokens: tuple[int, ...]) -> str:
 
 
 class SentenceMeasure:
-    """What is asked of samples of sentences. The grammar and its frequencies are known."""
+    """What is asked of samples of sentences. Their grammar is known: `n` and `seed` are not used."""
 
-    names = ("ungrammatical", "frequencies")
-
-    def __init__(self, n: int, seed: int):
-        # What is compared: how often each beginning is said, the first object and the relation.
+    def __init__(self, n: int = 0, seed: int = 0):
+        # A beginning is the first object and the relation: there are 225.
         _, self.beginning = captions.SCENES[:, :4].unique(dim=0, return_inverse=True)  # (8145,)
-        self.exact = self.beginning.bincount(captions.CHANCE)
+        self.exact = self.beginning.bincount(weights=captions.CHANCE)  # (225,)
 
     def __call__(self, fake: Tensor) -> dict[str, float]:
         """ungrammatical  the share of sentences that the grammar does not have.
-        frequencies  total variation, ½Σ|p − q|, between how often each of 225 beginnings is said and should be.
+        frequencies  of the others, ½Σ|p − q| over the 225 beginnings: how often each is said and should be.
         """
-        found = [NUMBER_OF.get(words, -1) for words in words_of(fake)]
-        numbers = torch.tensor([number for number in found if number >= 0], dtype=torch.int64)
+        found = [SCENE_OF[tokens] for tokens in tokens_of(fake) if tokens in SCENE_OF]
+        numbers = torch.tensor(found, dtype=torch.int64)
         counts = self.beginning[numbers].bincount(minlength=len(self.exact))
         share = counts / max(1, len(numbers))
         return {
@@ -214,6 +209,7 @@ WORLDS = {
     "sentences": World((WIDTH, 1, captions.LENGTH), sentence_batch, SentenceMeasure),
 }
 NETWORK = dict(width=512, depth=4, x_frequencies=0)
+CRITIC = dict(width=128)
 TEACHER = TeacherSettings(teacher_steps=4000, teacher_batch=128, teacher_lr=1e-3)
 FIRST, LAST = scflow.SCHEDULES["two_phase"]
 SCHEDULE = (
@@ -226,7 +222,7 @@ def train(world: World, seed: int) -> tuple[nn.Module, nn.Module]:
     """A teacher and its student."""
     torch.manual_seed(seed)  # initial weights
     net = scflow.MLP(world.shape, **NETWORK)
-    critic = scflow.PointCritic(math.prod(world.shape), width=128)
+    critic = scflow.PointCritic(math.prod(world.shape), **CRITIC)
     generator = torch.Generator().manual_seed(seed)
     for run in scflow.train_teacher(net, world.batch, generator, TEACHER):
         teacher = run.ema
@@ -239,49 +235,51 @@ def measure(name: str, seed: int, samples: int) -> dict:
     """Measures of fresh true sequences, of the teacher in 50 steps, and of the student in 1, 2 and 4."""
     world = WORLDS[name]
     teacher, student = train(world, seed)
-    measures = world.measure(samples, seed)
+    scores = world.measure(samples, seed)
     generator = torch.Generator().manual_seed(2 * 10**6 + seed)
     noise = torch.randn(samples, *world.shape, generator=generator)
     truth, _ = world.batch(samples, generator)
     found = {"truth": truth, "teacher, 50": scflow.sample(teacher, noise, 50)}
     for steps in (1, 2, 4):
         found[f"student, {steps}"] = scflow.sample(student, noise, steps)
-    rows = {who: measures(x) for who, x in found.items()}
+    rows = {who: scores(x) for who, x in found.items()}
     examples = {who: x[:4].tolist() for who, x in found.items()}
     return {"world": name, "seed": seed, "rows": rows, "examples": examples, "machine": toy_2d.machine()}
 
 
-def table(results: list[dict], name: str) -> list[str]:
-    """Lines of Markdown for one world: a row for each sampler, mean ± sd over the seeds."""
-    runs = [run for run in results if run["world"] == name]
+def table(runs: list[dict]) -> list[str]:
+    """Lines of Markdown for the runs of one world: a row for each sampler, mean ± sd over the seeds."""
+    first = runs[0]
     rows = []
-    for who in runs[0]["rows"]:
+    for who, scores in first["rows"].items():
         sampler, _, steps = who.partition(", ")
         cells = [sampler, steps]
-        for key in WORLDS[name].measure.names:
-            cells.append(common.mean_sd([run["rows"][who][key] for run in runs], digits=3))
+        for name in scores:
+            cells.append(common.mean_sd([run["rows"][who][name] for run in runs], digits=3))
         rows.append(cells)
-    return common.markdown([name, "steps", *WORLDS[name].measure.names], rows)
+    return common.markdown([first["world"], "steps", *scores], rows)
 
 
-def sentences(results: list[dict]) -> list[str]:
-    """Lines of Markdown: four sentences of the first seed's teacher and student, from the same noise."""
+def sentences(run: dict) -> list[str]:
+    """Lines of Markdown: four sentences of each sampler; teacher and student start from the same noise."""
     rows = []
-    for who, examples in results[0]["examples"].items():
-        for tokens in words_of(torch.tensor(examples)):
+    for who, examples in run["examples"].items():
+        for tokens in tokens_of(torch.tensor(examples)):
             rows.append([who, text_of(tokens)])
     return common.markdown(["sampler", "sentence"], rows)
 
 
-def draw(examples: dict[str, list], path: str) -> None:
+def draw(run: dict, path: str) -> None:
     """Four series of the data, and of teacher and student from the same noise; a line for each channel."""
     plt = toy_2d.drawing()
+    examples = run["examples"]
     shown = {
         "drawn by the program": examples["truth"],
         "teacher, 50 steps": examples["teacher, 50"],
         "student, 1 step": examples["student, 1"],
+        "student, 4 steps": examples["student, 4"],
     }
-    figure, axes = plt.subplots(4, 3, figsize=(9, 6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(4, 4, figsize=(11, 6), sharex=True, sharey=True)
     for column, (title, series) in zip(axes.T, shown.items()):
         column[0].set_title(title)
         column[-1].set_xlabel("time")
@@ -327,7 +325,7 @@ def sequences_command(argv: list[str]) -> None:
     for name in settings.worlds:
         for seed in settings.seeds:
             cell = {"name": name, "seed": seed, "samples": settings.samples}
-            mark = common.fingerprint(cell, NETWORK, TEACHER, SCHEDULE)
+            mark = common.fingerprint(cell, NETWORK, CRITIC, TEACHER, SCHEDULE, READER_UPDATES)
             cells.append(cell)
             paths.append(Path(settings.runs, f"{common.slug(name, seed)}-{mark}.json"))
     results = common.run_cells(measure, cells, paths, settings.workers)
@@ -339,12 +337,12 @@ def sequences_command(argv: list[str]) -> None:
     toy_2d.write_csv(f"{settings.out}.csv", records)
     lines = [LEGEND, common.about_runs(settings, results)]
     for name in settings.worlds:
-        lines += ["", *table(results, name)]
-        first = [run for run in results if run["world"] == name]
+        runs = [run for run in results if run["world"] == name]
+        lines += ["", *table(runs)]
         if name == "sentences":
-            lines += ["", *sentences(first)]
+            lines += ["", *sentences(runs[0])]
         else:
-            draw(first[0]["examples"], f"{settings.out}.png")
+            draw(runs[0], f"{settings.out}.png")
     common.write_report(settings.out, "experiments.sequences", argv, lines)
 
 

@@ -1274,10 +1274,10 @@ def test_series_are_told_apart_where_they_differ():
 
 def test_sentences_are_read_back_and_checked():
     """Vectors with noise are the words they come from. A wrong word is seen, and so is one sentence all the time."""
-    measures = sequences.SentenceMeasure(3000, seed=0)
+    measures = sequences.SentenceMeasure()
     x, _ = sequences.sentence_batch(3000, gen())
     noisy = x + 0.3 * torch.randn(x.shape, generator=gen(1))
-    assert sequences.words_of(noisy) == sequences.words_of(x)
+    assert sequences.tokens_of(noisy) == sequences.tokens_of(x)
     true = measures(noisy)
     assert true["ungrammatical"] == 0
     assert true["frequencies"] < 0.15  # 3,000 sentences, 225 beginnings

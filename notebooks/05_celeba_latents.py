@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 5. Faces in latents
 #
-# **Question.** What changes when points become pictures? An autoencoder, a transformer, a convolutional critic; of the
-# method, not one line. And what does a Fréchet distance of such pictures say, and not say?
+# **Question.** What changes when points become pictures? An autoencoder, a transformer and a convolutional critic are
+# new; not one line of the method is. And what does a Fréchet distance of such pictures say, and not say?
 #
 # [![open in a hosted notebook](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/REPO/blob/main/notebooks/05_celeba_latents.ipynb)
 #
@@ -67,7 +67,8 @@ sheet({"faces": train[:9], "more faces": train[9:18]})
 # ## Latents
 #
 # A picture of 32×32 has 3072 numbers, most of them redundant. An autoencoder keeps what matters; here it is the
-# plainest: the principal components of its four quarters. Real faces use a trained one, through the same two calls.
+# plainest: the principal components of its four quarters. Real faces use a trained one, which has the same two methods,
+# `encode` and `decode`.
 
 # %%
 autoencoder = celeba_latent.PatchPCA(factor=16, channels=48)
@@ -75,7 +76,7 @@ kept = autoencoder.fit(train[:2000])
 latents = autoencoder.encode(train)  # (5000,48,2,2)
 mean = latents.mean((0, 2, 3), keepdim=True)
 std = latents.std((0, 2, 3), keepdim=True)
-latents = (latents - mean) / std  # noise has deviation 1, so the data should
+latents = (latents - mean) / std  # noise has deviation 1, and so should the data
 
 
 def decode(z):
@@ -107,8 +108,8 @@ assert ours > trivial + 8
 # ## A transformer for the velocity
 #
 # The DiT cuts the latent into patches, one token each; every block lets the tokens look at each other, and the time t
-# sets scale, shift and gate of the block. The best linear guess of the velocity is given, and the blocks add what is
-# left. They start at zero: untrained, the velocity is that of normal latents, and a step from t = 1 lands at 0.
+# sets scale, shift and gate of the block. A fixed linear term is the velocity of normal latents, and the network adds
+# what is left. Before training that is zero, and so a step from t = 1 lands at 0.
 
 # %%
 shape = tuple(latents.shape[1:])
@@ -123,7 +124,7 @@ assert torch.allclose(landed, torch.zeros_like(some), atol=1e-6)
 # %% [markdown]
 # ## The same two loops
 #
-# These are the lines of the other notebooks. Only `batch`, the network and the critic are new. The run is short; the
+# These are the lines of the other notebooks. `batch`, the networks and the settings are new. The run is short; the
 # project's own takes some minutes and does better: `python celeba_latent.py demo`.
 
 
@@ -150,7 +151,7 @@ for run in scflow.distill(teacher, critic, batch, generator, (first, last)):
 # %%
 noise = torch.randn(9, *shape, generator=generator)
 rows = {
-    "held out": again[:9],
+    "decoded": again[:9],
     "teacher, 1": decode(scflow.sample(teacher, noise, 1)),
     "teacher, 50": decode(scflow.sample(teacher, noise, 50)),
     "student, 1": decode(scflow.sample(student, noise, 1)),

@@ -170,14 +170,13 @@ plt.show()
 # %% [markdown]
 # ## Teacher and student
 #
-# Everything is as for faces: patches of 8×8 pixels become their 32 main components, a small DiT sees them as 16 tokens,
-# and the ten places of a sentence, filled or empty, as ten more. The guided teacher, two passes a step, is distilled
-# into a student that needs one.
+# As for the faces of notebook 5, but with smaller patches: each of 8×8 pixels becomes its 32 main components. A small
+# DiT sees a picture as 16 tokens, and the ten places of a sentence, filled or empty, as ten more. The guided teacher,
+# two passes a step, is distilled into a student that needs one.
 #
-# Here the critic holds the student against the data, which both should look like: at this scale guidance mends what the
-# teacher gets wrong. It pulls away from the guide all the same, and so has a small weight. Of "left of", and of which
-# object is red, it knows nothing: its score is a sum over the words, and what it gives to "A left of B" and to "B right
-# of A" is together the same whichever way they stand. That much the student has from its teacher.
+# The critic of this program knows the sentence only in part. Its score is a sum over the words. So for any picture "A
+# left of B" and "B right of A" together get what their opposites get, "A right of B" and "B left of A": it cannot judge
+# which object is left, or which one is red. That the student has from its teacher alone.
 #
 # `python -m experiments.captions --seeds 0 1 2` trains three teachers and their students, and writes a table and a
 # sheet of prompts. It takes a few hours, and is not run here. This is its sheet of seed 0:

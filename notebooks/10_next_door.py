@@ -221,8 +221,8 @@ assert rounding["student, 1 step"][-1] > 3 * rounding["teacher, 50 steps"][-1]
 # ## Sentences
 #
 # A sentence of notebook 7 has ten places. Each word is a fixed vector of 16 numbers, and so a sentence is a latent of
-# the shape (16,1,10). The two loops train a teacher and a student of such latents, here for a short time. A sample is
-# read by the nearest word in each place; a program knows the grammar.
+# the shape (16,1,10). `train_teacher` and `distill` train a teacher and a student of such latents, here for a short
+# time. A sample is read by the nearest word in each place, and a program checks it against the grammar.
 
 # %%
 torch.manual_seed(0)
@@ -231,7 +231,7 @@ settings = scflow.TeacherSettings(teacher_steps=1000, teacher_batch=128, teacher
 for state in scflow.train_teacher(net, sequences.sentence_batch, generator, settings):
     writer = state.ema
 first_phase = replace(sequences.SCHEDULE[0], steps=400)
-critic = scflow.PointCritic(16 * 10)  # its weight is zero here
+critic = scflow.PointCritic(16 * 10)  # not used: λ_adv is 0 in the first phase
 for state in scflow.distill(writer, critic, sequences.sentence_batch, generator, (first_phase,)):
     fast_writer = state.ema
 
@@ -239,8 +239,8 @@ for state in scflow.distill(writer, critic, sequences.sentence_batch, generator,
 noise = torch.randn(1000, 16, 1, 10, generator=generator)
 grammatical = {}
 for name, net, steps in (("teacher", writer, 1), ("teacher", writer, 50), ("student", fast_writer, 1)):
-    written = sequences.words_of(scflow.sample(net, noise, steps))
-    right = [tokens in sequences.NUMBER_OF for tokens in written]
+    written = sequences.tokens_of(scflow.sample(net, noise, steps))
+    right = [tokens in sequences.SCENE_OF for tokens in written]
     grammatical[name, steps] = sum(right) / len(right)
     print(f"{name}, {toy_2d.plural(steps, 'step')}: {grammatical[name, steps]:.0%} grammatical, for example")
     for tokens in written[:3]:
@@ -248,8 +248,10 @@ for name, net, steps in (("teacher", writer, 1), ("teacher", writer, 50), ("stud
 assert grammatical["student", 1] > grammatical["teacher", 1] + 0.4
 
 # %% [markdown]
-# *What to see: the teacher's single step is near the mean of all sentences, and the nearest words of a mean are no
-# sentence. The student chooses one.* `python -m experiments.sequences` trains longer, and makes time series, too.
+# *What to see: one step of the teacher aims at the mean of all sentences. It is read place by place, and such words
+# seldom fit together. Those of the student mostly do. What is wrong: after so short a training many of the student's
+# sentences are still none, and some of its teacher's.* `python -m experiments.sequences` trains longer, and makes time
+# series, too.
 
 # %%
 print("energy distance ×10³:")
@@ -261,8 +263,8 @@ print(f"grammatical in one step: teacher {grammatical['teacher', 1]:.0%}, studen
 # %% [markdown]
 # **The answer.** A velocity samples other densities too, with weights and noise. A student gives so many samples so
 # cheaply that one can choose among them. But where modes are narrow, 3 bits hurt it far more than its teacher; why is
-# an open question. Sentences, as vectors, are learned like points. The [report](../experiments/README.md#next-door) has
-# more data sets and seeds.
+# an open question. And the same two loops learn sentences, if words are vectors. The
+# [report](../experiments/README.md#next-door) has more data sets and seeds.
 
 # %% [markdown]
 # ## What to try next
