@@ -28,7 +28,7 @@ import scflow
 import toy_2d
 from celeba_latent import Codec, PatchPCA, RunFile
 from experiments import common
-from scflow import Phase, TeacherSettings, require
+from scflow import TeacherSettings, require
 
 # ═══ 1. Sentences ═════════════════════════════════════════════════════════════════════════
 # A scene is seven whole numbers: size, colour, shape; the relation; size, colour, shape of the second
@@ -425,39 +425,13 @@ def mistakes(scenes: Tensor) -> dict[str, Tensor]:
 LATENT = (32, 4, 4)  # enough components to read every object back
 VOCABULARY = (LENGTH, len(WORDS))
 
-# Here the critic holds the student against the data: at this scale guidance mends what the teacher gets wrong.
-# It pulls away from the guide all the same, and so is slow, with a small weight. It cannot know which object is
-# red: its score is a sum over words. That much the student has from its teacher.
-FIRST = Phase(
-    steps=3000,
-    batch=32,
-    lr=2e-3,
-    lr_critic=5e-5,
-    lambda_adv=0.004,
-    lambda_self=0.0,
-    lambda_bi=0.0,
-    delta=0.3,
-    walk="euler",
-    tau=0.0,
-    pinned=0.25,
-    judged=0.25,
+# No critic: held against the data it would pull the student away from its guided teacher.
+FIRST, LAST = scflow.SCHEDULES["two_phase"]
+SCHEDULE = (
+    replace(FIRST, steps=4000, batch=32, lr=2e-3, pinned=0.25),
+    # Short, and compares landing points: what one step gets right has to survive it.
+    replace(LAST, steps=300, batch=64, lr=2e-4, lambda_adv=0.0, self_form="x0"),
 )
-# Short, and compares landing points: what one step gets right has to survive it.
-LAST = Phase(
-    steps=150,
-    batch=64,
-    lr=2e-4,
-    lr_critic=5e-5,
-    lambda_consistency=0.0,
-    lambda_adv=0.001,
-    lambda_self=1.0,
-    lambda_bi=0.0,
-    self_source="frozen",
-    self_form="x0",
-    pinned=0.75,
-    judged=0.75,
-)
-SCHEDULE = (FIRST, LAST)
 NETWORK = dict(dim=128, depth=4, heads=4)
 TEACHER = TeacherSettings(teacher_steps=6000, teacher_batch=32, teacher_lr=2e-3)
 
@@ -710,7 +684,7 @@ def train_one(asked: Captions, folder: Path, seed: int, start) -> tuple:
     batch = batches(codec)
     torch.manual_seed(seed)  # initial weights
     net = scflow.DiT(LATENT, 1, **NETWORK, tokens=VOCABULARY).to(asked.device)
-    critic = scflow.LatentCritic(LATENT, tokens=VOCABULARY).to(asked.device)
+    critic = scflow.LatentCritic(LATENT).to(asked.device)  # not used
 
     generator = torch.Generator(asked.device).manual_seed(seed)
     loop = scflow.train_teacher(net, batch, generator, TEACHER, resume=teacher_file.state)

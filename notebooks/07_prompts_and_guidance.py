@@ -174,9 +174,7 @@ plt.show()
 # DiT sees a picture as 16 tokens, and the ten places of a sentence, filled or empty, as ten more. The guided teacher,
 # two passes a step, is distilled into a student that needs one.
 #
-# The critic of this program knows the sentence only in part. Its score is a sum over the words. So for any picture "A
-# left of B" and "B right of A" together get what their opposites get, "A right of B" and "B left of A": it cannot judge
-# which object is left, or which one is red. That the student has from its teacher alone.
+# There is no critic: held against the data, it would pull the student away from its guide, as above.
 #
 # `python -m experiments.captions --seeds 0 1 2` trains three teachers and their students, and writes a table and a
 # sheet of prompts. It takes a few hours, and is not run here. This is its sheet of seed 0:
