@@ -309,6 +309,7 @@ class Sequences:
             require(world in WORLDS, f"no world {world!r}; choose from {', '.join(WORLDS)}")
         common.check_values(self, "worlds", "seeds")
         require(self.samples >= 200, f"samples must be at least 200, not {self.samples}")
+        require(self.workers >= 1, f"workers must be at least 1, not {self.workers}")
 
 
 LEGEND = """Series: accuracy − ½ of a classifier that tells samples from data; mean difference of autocorrelations;

@@ -177,7 +177,8 @@ plt.show()
 # There is no critic: held against the data, it would pull the student away from its guide, as above.
 #
 # `python -m experiments.captions --seeds 0 1 2` trains three teachers and their students, and writes a table and a
-# sheet of prompts. It takes a few hours, and is not run here. This is its sheet of seed 0:
+# sheet of prompts. It takes a few hours, and is not run here. This is its sheet of seed 0, made with the earlier code,
+# where a critic took part:
 #
 # ![Seven sentences, drawn by the program, by the teacher and by the student](../results/captions/prompts.png)
 #
