@@ -89,7 +89,10 @@ def autocorrelation(x: Tensor) -> Tensor:
     x = x[:, :, 0]  # (B,3,24)
     x = x - x.mean(2, keepdim=True)
     total = x.square().sum(2)
-    lags = [(x[..., lag:] * x[..., :-lag]).sum(2) / total for lag in range(1, 13)]
+    lags = []
+    for lag in range(1, 13):
+        product = x[..., lag:] * x[..., :-lag]
+        lags.append(product.sum(2) / total)
     return torch.stack(lags, 2).mean(0)
 
 
@@ -126,16 +129,16 @@ class SeriesMeasure:
 
     def accuracy(self, fake: Tensor) -> float:
         """The share of unseen series of which a classifier says rightly whether they are true."""
-        x = torch.cat([self.real, fake])
-        is_real = torch.arange(len(x)) < len(self.real)
-        order = torch.randperm(len(x), generator=self.generator)
-        x, is_real = x[order], is_real[order]
+        order = torch.randperm(len(self.real) + len(fake), generator=self.generator)
+        x = torch.cat([self.real, fake])[order]
+        is_real = order < len(self.real)
         seen = 4 * len(x) // 5
         torch.manual_seed(0)  # the same initial weights for every sampler
         judge = Reader(1)
 
         def judge_loss(rows: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(judge(x[rows])[:, -1, 0], is_real[rows].float())
+            logits = judge(x[rows])[:, -1, 0]
+            return F.binary_cross_entropy_with_logits(logits, is_real[rows].float())
 
         fit(judge, judge_loss, seen, self.generator)
         with torch.no_grad():  # a measurement
@@ -147,7 +150,8 @@ class SeriesMeasure:
 
 WIDTH = 1 + len(captions.WORDS)  # 16
 # A vector for each word, and one for an empty place: orthogonal, of length 4, so that the mean of their squares is 1.
-VECTORS = 4 * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0]
+ORTHOGONAL, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
+VECTORS = 4 * ORTHOGONAL
 SCENE_OF = {tuple(tokens): number for number, tokens in enumerate(captions.TOKENS.tolist())}
 
 
@@ -255,7 +259,8 @@ def table(runs: list[dict]) -> list[str]:
         sampler, _, steps = who.partition(", ")
         cells = [sampler, steps]
         for name in scores:
-            cells.append(common.mean_sd([run["rows"][who][name] for run in runs], digits=3))
+            values = [run["rows"][who][name] for run in runs]
+            cells.append(common.mean_sd(values, digits=3))
         rows.append(cells)
     return common.markdown([first["world"], "steps", *scores], rows)
 
