@@ -177,13 +177,13 @@ plt.show()
 # There is no critic: held against the data, it would pull the student away from its guide, as above.
 #
 # `python -m experiments.captions --seeds 0 1 2` trains three teachers and their students, and writes a table and a
-# sheet of prompts. It takes a few hours, and is not run here. This is its sheet of seed 0, made with the earlier code,
-# where a critic took part:
+# sheet of prompts. It takes an hour or two, and is not run here. This is its sheet of seed 0:
 #
 # ![Seven sentences, drawn by the program, by the teacher and by the student](../results/captions/prompts.png)
 #
 # *What to see: the student's one step shows what the guided teacher shows in 50. What is wrong: where the sentence
-# leaves a colour open, one step can mix two. The numbers are in the [report](../experiments/README.md#captions).*
+# leaves a colour open, one step can mix two; for the triangle that was held out the student draws a square. The numbers
+# are in the [report](../experiments/README.md#captions).*
 
 # %% [markdown]
 # **Exercise.** When does the guided flow end in the tilted density after all? Take one Gaussian for the velocity
