@@ -1118,9 +1118,12 @@ def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
     """
     cuda = device.startswith("cuda")
     torch.set_float32_matmul_precision("high" if cuda else "highest")
-    if precision == "bf16" or (precision == "auto" and cuda):
+    in_bf16 = precision == "bf16" or (precision == "auto" and cuda)
+    if in_bf16:
         for part in net.modules():  # whichever of them asks for it
             part.precision = torch.bfloat16
+    # This switch is for CPUs too. There, in bf16, the backward pass of fused attention is slower than plain products.
+    torch.backends.cuda.enable_flash_sdp(cuda or not in_bf16)
     return net.to(device)
 
 
@@ -1211,13 +1214,14 @@ def generate(
     codec: Codec,
     batch: int = 250,
     cond: Tensor | None = None,
+    solver: str = "euler",
 ) -> Tensor:
     """Noise (N,C,h,w) → pictures uint8 (N,3,S,S) on the CPU, in batches on the codec's device."""
     pictures = []
     for i in range(0, len(noise), batch):
         x = noise[i : i + batch].to(codec.device)
         c = None if cond is None else cond[i : i + batch].to(codec.device)
-        z = scflow.sample(net, x, steps, cond=c)
+        z = scflow.sample(net, x, steps, solver, cond=c)
         pictures.append(codec.decode(z))
     return torch.cat(pictures)
 
@@ -1491,17 +1495,21 @@ def evaluate(asked: Evaluate) -> None:
 
     count = max(n, FID_SAMPLES) if asked.fid else n
     noise = torch.randn(count, *data.shape, generator=generator)
-    cases = [("teacher", teacher, 1), ("teacher", teacher, 50)]
-    cases += [("student", student, steps) for steps in (1, 2, 4, 8)]
+    cases = [
+        ("teacher", teacher, 1, "euler"),
+        ("teacher", teacher, 50, "euler"),
+        ("teacher, Heun", teacher, 25, "heun"),  # as many evaluations, in the steps that a student learns from
+    ]
+    cases += [("student", student, steps, "euler") for steps in (1, 2, 4, 8)]
     known = measure.spaces(*data.originals(data.train))["layout"]
     usual = neighbours(measure.reference["layout"], known)[0].median()
-    for who, net, steps in cases:
-        pictures = generate(net, noise, steps, codec)
+    for who, net, steps, solver in cases:
+        pictures = generate(net, noise, steps, codec, solver=solver)
         if steps == 1:
             one_step = pictures[:n]
         features = features_of(pictures[:n], device)
         distance, nearest = neighbours(measure.spaces(*features)["layout"], known)
-        row = {"who": who, "nfe": steps, **measure(*features)}
+        row = {"who": who, "nfe": scflow.nfe(steps, solver), **measure(*features)}
         row["gap"] = pixel_gap(pictures[:n], one_step)
         row["novelty"] = (distance.median() / usual).item()
         if asked.fid:

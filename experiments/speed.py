@@ -92,7 +92,8 @@ ON_CUDA = {
     "bf16 eager": Variant(),
     "ours": Variant(compiled=True),
 }
-ON_CPU = {"naive fp32": Variant("fp32", naive=True), "ours": Variant()}
+ON_POINTS = {"naive fp32": Variant("fp32", naive=True), "ours": Variant()}
+ON_CPU = {**ON_POINTS, "bf16": Variant("bf16")}
 
 
 def one_loss_at_a_time(run, x0, x1, t, phase, weights, generator, cond=None):
@@ -203,6 +204,8 @@ def advance(loop, variant: Variant, updates: int, device: str) -> float:
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("highest" if variant.naive else "high")
         torch.backends.cudnn.allow_tf32 = not variant.naive
+    else:
+        torch.backends.cuda.enable_flash_sdp(variant.precision != "bf16")  # as celeba_latent.place does
     start = time.perf_counter()
     for _ in range(updates):
         next(loop)
@@ -393,9 +396,10 @@ def speed_command(argv: list[str]) -> None:
     if asked.plan:
         common.write_report(asked.out, "experiments.speed", argv, [PLAN, "", *plan()])
         return
+    variants = ON_CUDA if device.startswith("cuda") else ON_CPU
     if asked.points:
         torch.set_num_threads(1)
-    variants = ON_CUDA if device.startswith("cuda") and not asked.points else ON_CPU
+        variants = ON_POINTS
     before = matmul_rate(device)
     rows = []
     for network, update, settings in cases(asked):

@@ -971,15 +971,24 @@ def test_networks_are_compiled_after_the_first_update(monkeypatch):
     assert len(compiled) == 5
 
 
-@pytest.mark.parametrize("kind, updates", [("--points", 5), ("--sizes=small", 2)])
-def test_updates_are_timed(kind, updates, here, monkeypatch):
-    """Two variants of every update, which here take 3 s and 2 s; the share is that of a matrix product as large."""
+@pytest.mark.parametrize(
+    "kind, updates, variants",
+    [
+        ("--points", 5, {"naive fp32": 3, "ours": 2}),
+        ("--sizes=small", 2, {"naive fp32": 3, "ours": 2, "bf16": 1}),
+    ],
+)
+def test_updates_are_timed(kind, updates, variants, here, monkeypatch):
+    """Variants of every update, which here take 3, 2 and 1 s; the share is that of a matrix product as large."""
     rates = iter([1e9, 1.05e9])
     advance = speed.advance
+    clock = {"fp32": 3.0, "auto": 2.0, "bf16": 1.0}
+    fused = []
 
     def clocked(loop, variant, *rest):
         advance(loop, variant, *rest)
-        return 3.0 if variant.naive else 2.0
+        fused.append(torch.backends.cuda.flash_sdp_enabled() == (variant.precision != "bf16"))
+        return clock[variant.precision]
 
     monkeypatch.setattr(speed, "advance", clocked)
     monkeypatch.setattr(speed, "matmul_rate", lambda device: next(rates))
@@ -987,11 +996,12 @@ def test_updates_are_timed(kind, updates, here, monkeypatch):
     monkeypatch.setitem(celeba_latent.SIZES, "small", {"dim": 32, "depth": 1, "heads": 2})
     assert run(speed, kind, "--batch", 2, "--rounds", 1, "--updates", 1) == 0
     content = json.loads(read("results/speed.json"))
-    assert [row["variant"] for row in content["rows"]] == updates * ["naive fp32", "ours"]
+    assert [row["variant"] for row in content["rows"]] == updates * list(variants)
+    assert all(fused)
     for row, measures in zip(tables(read("results/speed.md")), content["rows"]):
-        ours = measures["variant"] == "ours"
-        assert row["ratio"].startswith("1.50" if ours else "1.00")
-        share = measures["flops"] / 1e9 / (2 if ours else 3)
+        seconds = variants[measures["variant"]]
+        assert row["ratio"].startswith(f"{3 / seconds:.2f}")
+        share = measures["flops"] / 1e9 / seconds
         assert row["share"] == f"{share:.1%}"
     assert "moved by 5%" in read("results/speed.md")
 
