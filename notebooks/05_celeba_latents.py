@@ -192,6 +192,7 @@ fig, ax = plt.subplots(figsize=(6.5, 3.6))
 ax.loglog(counts, true, "o-", color=toy_2d.GREY)
 ax.set(xlabel="number of true pictures", ylabel="Fréchet distance")
 ax.set_xticks(counts, counts)
+ax.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
 ax.minorticks_off()
 plt.show()
 
