@@ -3157,7 +3157,7 @@ def test_fid_takes_its_own_number_of_samples(demo, album, tmp_path, monkeypatch)
     run = tmp_path / "run"
     shutil.copytree(demo, run)
     assert faces("evaluate", "--out", run, "--count", 1000, "--fid", album / "pictures") == 0
-    assert counts == [1100] * 6
+    assert counts == [1100] * 7
     assert "1000 samples" in (run / "metrics.md").read_text()
     assert "12.5" in (run / "metrics.md").read_text()
 
