@@ -1114,7 +1114,8 @@ class Distill(Train):
 def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
     """The network on the device, to compute in bf16 where that is fast. Its weights stay in float32.
 
-    Whoever trains, samples or measures places networks so. On CUDA, what is left in float32 uses TF32.
+    Whoever trains, samples or measures places networks so. On CUDA, what is left in float32 uses TF32. Both switches
+    below are torch's own, for all networks: give those that work together one precision.
     """
     cuda = device.startswith("cuda")
     torch.set_float32_matmul_precision("high" if cuda else "highest")
@@ -1122,7 +1123,7 @@ def place(net: nn.Module, device: str, precision: str = "auto") -> nn.Module:
     if in_bf16:
         for part in net.modules():  # whichever of them asks for it
             part.precision = torch.bfloat16
-    # This switch is for CPUs too. There, in bf16, the backward pass of fused attention is slower than plain products.
+    # In bf16 on a CPU, fused attention has a slow backward pass. (The switch is for CPUs, too, whatever its name.)
     torch.backends.cuda.enable_flash_sdp(cuda or not in_bf16)
     return net.to(device)
 
