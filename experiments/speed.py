@@ -369,7 +369,7 @@ class Speed:
 
 LEGEND = """Medians of {turns} turns, {machine}.
 Ratio: the time of naive fp32 (one loss at a time) over that of the variant, and its tenth and ninetieth percent.
-Share: the time of a square matrix product of as many operations as the update needs, over the time of the update.
+Share: the time of a square matrix product of as many operations (float32 on a CPU), over the time of the update.
 Start: seconds of the first two updates; compiling is one of them.
 The matrix product: {rate:.3g} TFLOP/s; from the first measurement to the last it moved by {drift:.0%}."""
 
@@ -378,7 +378,7 @@ def table(rows: list[dict], matmul: float) -> list[str]:
     """The measures as lines of Markdown."""
     lines = []
     for row in rows:
-        milliseconds = f"{1e3 * row['seconds']:.3g}"
+        milliseconds = cell(1e3 * row["seconds"])
         ratio = f"{row['ratio']:.2f} ({row['p10']:.2f} to {row['p90']:.2f})"
         gflop = f"{row['flops'] / 1e9:.4g}"
         share = f"{row['flops'] / matmul / row['seconds']:.1%}"
